@@ -1,0 +1,137 @@
+"""Every choice that defines an anchored model, as one frozen, validated, JSON-able object."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from anchorkv.errors import ConfigError
+
+AnchorKind = Literal["EP", "AC", "SEL"]
+SegmentKind = Literal["sentence", "separator", "fixed"]
+RecallMode = Literal["off", "on", "auto"]
+
+
+class AnchorConfig(BaseModel):
+    """What stays in the cache, and what may come back.
+
+    `anchors` names the kinds in force; they combine (``("EP", "SEL")`` keeps end tokens *and* selected ones):
+
+    * ``EP``  the segment's end token (AnLLM, arXiv 2402.07616, section 3.2)
+    * ``AC``  `ac_tokens` added ``<AC>`` tokens end every segment (ibid.)
+    * ``SEL`` the text's own tokens that `scorer` finds most useful, one in `reduction`
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    anchors: tuple[AnchorKind, ...] = ("SEL",)
+    ac_tokens: int = Field(1, ge=1, le=16, description="k: added <AC> tokens a segment (AC only)")
+    scorer: str = Field("default", description="name of the scorer that SEL asks (see anchorkv.scorers)")
+    reduction: float = Field(12.0, gt=1, le=1000, description="SEL: tokens of older text per cell kept of it")
+    sinks: int = Field(4, ge=0, description="first tokens of the stream that are never dropped")
+    recent_window: int = Field(1, ge=0, description="newest whole segments before the current one (w)")
+    anchors_see_anchors: bool = Field(False, description="EP and AC anchors also see earlier anchors")
+    pinned: tuple[str, ...] = Field((), description="spans of text that are never dropped")
+    segments: SegmentKind = "sentence"
+    min_segment: int = Field(16, ge=1, description="tokens; sentence ends before this are passed over")
+    max_segment: int = Field(48, ge=1, description="tokens; a segment is cut here at the latest")
+    recall: RecallMode = "auto"
+    recall_cells: int = Field(256, ge=0, description="cells that recalled segments may hold at once")
+    cell_budget: int | None = Field(None, ge=16, description="most cells kept; when full the oldest anchors go first")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.anchors:
+            raise ValueError("anchors is empty: name at least one of EP, AC, SEL")
+        if len(set(self.anchors)) != len(self.anchors):
+            raise ValueError("anchors names a kind twice")
+        if self.max_segment < self.min_segment:
+            raise ValueError(f"max_segment ({self.max_segment}) is smaller than min_segment ({self.min_segment})")
+        if self.recall == "on" and self.recall_cells == 0:
+            raise ValueError("recall is on but recall_cells is 0: give it cells or turn recall off")
+        whole = self.sinks + (self.recent_window + 1) * self.max_segment
+        if self.cell_budget is not None and self.cell_budget <= whole:
+            raise ValueError(
+                f"cell_budget ({self.cell_budget}) leaves no room for anchors: sinks, the recent window and the "
+                f"current segment alone can take {whole} cells"
+            )
+        if any(not span.strip() for span in self.pinned):
+            raise ValueError("a pinned span is empty")
+        return self
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigError(_one_sentence(error)) from None
+
+    @property
+    def isolated(self) -> bool:
+        """Whether EP/AC anchors see their own segment alone (the paper's AnSAN)."""
+        return not self.anchors_see_anchors and ("EP" in self.anchors or "AC" in self.anchors)
+
+    def replace(self, **changes: Any) -> AnchorConfig:
+        """A copy with `changes`, validated again."""
+        return AnchorConfig(**{**self.model_dump(), **changes})
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> AnchorConfig:
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the policy is not valid JSON: {error.msg} at line {error.lineno}.") from None
+        if not isinstance(fields, dict):
+            raise ConfigError("the policy must be a JSON object of options.")
+        return cls(**fields)
+
+    @classmethod
+    def load(cls, path: str | Path) -> AnchorConfig:
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the policy file {path} cannot be read: {error}.") from None
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+
+def _one_sentence(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        what = problem["msg"].removeprefix("Value error, ")
+        given = f" (got {problem['input']!r})" if where and problem["type"] != "extra_forbidden" else ""
+        parts.append(f"{where}: {what}{given}" if where else what)
+    return "Invalid anchor policy: " + "; ".join(parts) + "."
+
+
+PRESETS: dict[str, AnchorConfig] = {
+    # SEL with the best scorer that needs no training; bounded, so any length passes through.
+    "default": AnchorConfig(cell_budget=1024),
+    # The paper: nothing but one anchor a sentence, w = 0, an anchor sees its own sentence alone.
+    "paper-ep": AnchorConfig(
+        anchors=("EP",), sinks=0, recent_window=0, min_segment=1, max_segment=256, recall="off"
+    ),
+    "paper-ac": AnchorConfig(
+        anchors=("AC",), ac_tokens=1, sinks=0, recent_window=0, min_segment=1, max_segment=256, recall="off"
+    ),
+    # SepLLM (arXiv 2412.12094): sinks, separators and a recent window; separators are ordinary tokens.
+    "sepllm": AnchorConfig(
+        anchors=("EP",), segments="separator", anchors_see_anchors=True, min_segment=1, max_segment=32,
+        sinks=4, recent_window=8, recall="off", cell_budget=800,
+    ),
+}
+
+
+def preset(name: str) -> AnchorConfig:
+    """The preset called `name`. Raises ConfigError with the known names otherwise."""
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise ConfigError(f"There is no preset '{name}'; choose one of {', '.join(PRESETS)}.") from None

@@ -1,0 +1,135 @@
+"""The small protocol that the session drives: a model, its tokenizer, and one KV memory a session.
+
+An engine knows cells, positions and logits. It knows nothing of segments, anchors or recall: which cells a token sees
+and which are freed is decided above it (visibility, session), so that every engine follows the same rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+
+SURPRISE = "surprise"
+"""In `needs`: the engine returns each token's own -log p."""
+
+
+def hidden_need(layer: int) -> str:
+    """In `needs`: the engine returns the hidden states after `layer` (1-based; the final norm is not applied)."""
+    return f"hidden:{layer}"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the program needs to know of a model. `fingerprint` changes when the weights do."""
+
+    name: str
+    architecture: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocabulary: int
+    window: int
+    cell_bytes: int
+    fingerprint: str
+    weights: str = ""
+    """How the weights are stored, for tables: "Q8_0", "fp32" …"""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one decode gave. `logits`: [vocabulary] of the last token; `surprise`: [n]; `hidden`: [n, hidden_size]."""
+
+    logits: Floats
+    surprise: Floats | None = None
+    hidden: Floats | None = None
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back, with the model's own chat template."""
+
+    eos_ids: frozenset[int]
+    """Ids that end a turn or a text."""
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text`, without any token added at its ends. `special`: parse control tokens written in the text."""
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that `token` stands for; b"" for control tokens."""
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+    def chat(self, messages: Sequence[dict[str, str]], generate: bool = True) -> str:
+        """`messages` ({"role", "content"}) in the model's own template; `generate`: open the assistant's turn."""
+
+    def start_ids(self) -> list[int]:
+        """What the model wants before a text ([bos] or nothing)."""
+
+    def anchor_id(self) -> int:
+        """The added <AC> token; a model without one uses a stand-in that never occurs in text (see docs)."""
+
+
+class Memory(Protocol):
+    """The KV cells of one session. Positions are the tokens' original indices in the session's stream."""
+
+    def decode(
+        self, tokens: Sequence[int], start: int, *, visible: Ints | None = None, mask: Bools | None = None,
+        needs: frozenset[str] = frozenset(), logits: bool = True,
+    ) -> Output:
+        """Run `tokens` at positions start, start + 1, … and hold their cells.
+
+        visible: the held positions [m] they may see, besides each other causally (None: everything held below
+            `start`; cells at or above `start` are never seen).
+        mask: booleans [n, held + n], rows in the order of `tokens`, columns in the order of `positions()` and then
+            `tokens`; only where `engine.masks` is true; excludes `visible`.
+        logits: False when nobody will ask for the last token's logits (saves the output matrix).
+        Raises CapacityError when no cell is left; the memory is then as before.
+        """
+
+    def drop(self, positions: Ints) -> None:
+        """Free the cells at these positions. Positions that are not held are ignored."""
+
+    def fork(self) -> Memory:
+        """Another memory with the same cells; writing to one never changes the other."""
+
+    def positions(self) -> Ints:
+        """Positions held now, ascending, read from the engine's own structures."""
+
+    def nbytes(self) -> int:
+        """Bytes of keys and values of the cells held now, read from the engine's own structures."""
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Everything `Engine.restore` needs, as named arrays."""
+
+    def close(self) -> None:
+        """Free all cells. A closed memory must not be used."""
+
+
+class Engine(Protocol):
+    """A loaded model that can hold several memories at once."""
+
+    name: str
+    info: ModelInfo
+    tokenizer: Tokenizer
+    masks: bool
+    """Whether Memory.decode takes a `mask`, so that several segments can be read in one forward."""
+    batch: int
+    """Most tokens a decode takes; longer ones are split by the caller."""
+
+    def open(self) -> Memory: ...
+
+    def restore(self, state: dict[str, npt.NDArray[Any]]) -> Memory:
+        """A memory as `Memory.state` gave it. Raises SavedStateError when it does not fit this engine."""
+
+    def decode_together(self, steps: Sequence[tuple[Memory, int, int]]) -> list[Output]:
+        """One token (memory, token, position) for each of several sessions, in one batch."""
+
+    def close(self) -> None: ...

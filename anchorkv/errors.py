@@ -1,0 +1,27 @@
+"""The errors a caller may catch. Each message is one clear sentence: what is wrong, and what to do."""
+
+from __future__ import annotations
+
+
+class AnchorKVError(Exception):
+    """Base of every error that anchorkv raises on purpose. The command line prints it and exits with code 2."""
+
+
+class ConfigError(AnchorKVError):
+    """An option is out of range, or options contradict each other."""
+
+
+class DocumentError(AnchorKVError):
+    """A document is missing, empty, binary, or cannot be read as text."""
+
+
+class ModelError(AnchorKVError):
+    """A model cannot be found, opened or used (not decoder-only, truncated file, no tokenizer …)."""
+
+
+class CapacityError(AnchorKVError):
+    """The KV cache cannot be allocated, or has no cell left for what was asked."""
+
+
+class SavedStateError(AnchorKVError):
+    """A saved document is truncated, altered, of another version, or belongs to another model."""
