@@ -85,17 +85,16 @@ def dense_mask(layout: Layout, queries: Ints | None = None, keys: Ints | None = 
     return seen
 
 
-def visible_from(layout: Layout, segment: int, position: int | None = None) -> Bools:
-    """Which tokens [n] some query of `segment` or a later one can still see. What it leaves out may be freed.
+def visible_from(layout: Layout, segment: int, keys: Ints) -> Bools:
+    """Which of `keys` (positions, [m]) some query of `segment` or a later one can still see. The others may be freed.
 
     Visibility only ever shrinks as segments pass (recall apart), so the first query of `segment` decides.
     """
-    q = np.asarray([len(layout) if position is None else position], dtype=np.int64)
-    j = np.arange(len(layout))
+    q = np.asarray([len(layout)], dtype=np.int64)
     seen: Bools = rule(
         q[:, None], np.asarray([[segment]]), np.asarray([[False]]),
-        j[None, :], layout.segment[None, :], layout.anchor[None, :], layout.always[None, :],
-        layout.evicted[None, :], layout.recalled(q, j), layout.window,
+        keys[None, :], layout.segment[keys][None, :], layout.anchor[keys][None, :], layout.always[keys][None, :],
+        layout.evicted[keys][None, :], layout.recalled(q, keys), layout.window,
     )
     return seen[0]
 

@@ -90,6 +90,8 @@ class Memory(Protocol):
             `start`; cells at or above `start` are never seen).
         mask: booleans [n, held + n], rows in the order of `tokens`, columns in the order of `positions()` and then
             `tokens`; only where `engine.masks` is true; excludes `visible`.
+        A position that is held already (recall runs whole segments again, anchors included) is computed anew for
+            the others to see, and its old cell is what stays.
         logits: False when nobody will ask for the last token's logits (saves the output matrix).
         Raises CapacityError when no cell is left; the memory is then as before.
         """
