@@ -135,3 +135,8 @@ class Engine(Protocol):
         """One token (memory, token, position) for each of several sessions, in one batch."""
 
     def close(self) -> None: ...
+
+def surprise_of(logits: Floats, token: int) -> float:
+    """-log p(token) under `logits` [vocabulary], in nats."""
+    top = float(logits.max())
+    return top + float(np.log(np.exp(logits - top).sum())) - float(logits[token])

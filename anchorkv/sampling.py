@@ -1,0 +1,73 @@
+"""From logits to the next token: greedy by default, else temperature, top-k and top-p with a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from anchorkv.engines.base import Floats
+from anchorkv.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. `temperature` 0 takes the most probable one."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    """> 1 makes tokens that the answer already holds less likely (CTRL, arXiv 1909.05858, section 4.1)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ConfigError(f"temperature must be 0 or more (got {self.temperature}).")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k must be 0 (off) or more (got {self.top_k}).")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1 (got {self.top_p}).")
+        if self.repetition_penalty <= 0:
+            raise ConfigError(f"repetition_penalty must be above 0 (got {self.repetition_penalty}).")
+
+    def sampler(self) -> Sampler:
+        return Sampler(self)
+
+
+class Sampler:
+    """One answer's sampler; it remembers what it drew."""
+
+    def __init__(self, options: Sampling) -> None:
+        self.options = options
+        self._random = np.random.default_rng(options.seed)
+        self._drawn: set[int] = set()
+
+    def draw(self, logits: Floats) -> int:
+        """The next token's id. logits: [vocabulary]."""
+        token = self._draw(self._penalised(logits))
+        self._drawn.add(token)
+        return token
+
+    def _penalised(self, logits: Floats) -> Floats:
+        penalty = self.options.repetition_penalty
+        if penalty == 1 or not self._drawn:
+            return logits
+        seen = np.fromiter(self._drawn, dtype=np.int64)
+        out = logits.copy()
+        out[seen] = np.where(out[seen] > 0, out[seen] / penalty, out[seen] * penalty)
+        return out
+
+    def _draw(self, logits: Floats) -> int:
+        options = self.options
+        if options.temperature == 0:
+            return int(np.argmax(logits))
+        scaled = logits.astype(np.float64) / options.temperature
+        order = np.argsort(-scaled, kind="stable")
+        if options.top_k:
+            order = order[: options.top_k]
+        weights = np.exp(scaled[order] - scaled[order[0]])
+        weights /= weights.sum()
+        kept = int(np.searchsorted(np.cumsum(weights), options.top_p) + 1)
+        weights = weights[:kept] / weights[:kept].sum()
+        return int(order[self._random.choice(len(weights), p=weights)])

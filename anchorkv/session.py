@@ -1,0 +1,354 @@
+"""The loop: a stream of tokens is read or written, segments close, anchors stay, everything else is freed.
+
+A sentence of text passes through here once: `read` enters its tokens in the ledger and asks the segmenter where it ends
+(`segment.py`); the engine computes its cells, seeing what the rule allows (`visibility.py`); when it has left the
+recent window, the scorer says which of its tokens stay (`scorers.py`, `selection.py`); the others are freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from anchorkv.config import AnchorConfig
+from anchorkv.engines.base import SURPRISE, Bools, Engine, Floats, Ints, Memory, Output, surprise_of
+from anchorkv.errors import AnchorKVError
+from anchorkv.interrupts import deferred_interrupt
+from anchorkv.ledger import Accounting, Ledger, State
+from anchorkv.scorers import Scorer, SegmentView, scorer
+from anchorkv.segment import Segmenter
+from anchorkv.selection import RunningBudget
+from anchorkv.visibility import NEVER, Recalled, dense_mask, visible_from
+
+Progress = Callable[[int], None]
+HIDDEN = "hidden"
+
+
+class Session:
+    """One stream over one engine memory. Not thread-safe; fork it to branch, close it to free its cells."""
+
+    def __init__(self, engine: Engine, config: AnchorConfig) -> None:
+        self.engine = engine
+        self.config = config
+        self.memory: Memory = engine.open()
+        self.ledger = Ledger(config.recent_window)
+        self.segmenter = Segmenter(config, engine.tokenizer.piece)
+        self.scorer: Scorer | None = scorer(config.scorer) if "SEL" in config.anchors else None
+        self.budget = RunningBudget(config.reduction)
+        self.current = 0
+        """Number of the segment being read."""
+        self.logits: Floats | None = None
+        """[vocabulary] after the last token; None before the first."""
+        self.peak_cells = 0
+        self._pending_from = 0
+        self._left = 0  # segments below this one have left the recent window
+        self._features: dict[str, list[npt.NDArray[np.float32]]] = {}
+        self._features_from = 0
+        self._recalled: dict[int, Ints] = {}  # segment -> positions that a recall brought back
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def read(
+        self, tokens: Sequence[int], pinned: Sequence[bool] | None = None, progress: Progress | None = None,
+        logits: bool = True,
+    ) -> None:
+        """Read `tokens` after what was read before. The result is the same however a text is cut into calls.
+
+        pinned: which of them are never dropped. progress: called with the number of tokens done so far.
+        logits: False when the caller will read on before it asks for `self.logits`.
+        Raises CapacityError when the engine has no cell left; the tokens computed so far stay readable.
+        """
+        for done, token in enumerate(tokens, start=1):
+            pin = pinned is not None and pinned[done - 1]
+            self._enter(token, State.PINNED if pin else State.WHOLE)
+            if self.segmenter.push(token):
+                with deferred_interrupt():
+                    self._close_segment(logits=logits and done == len(tokens))
+                if progress:
+                    progress(done)
+            elif len(self.ledger) - self._pending_from >= self.engine.batch:
+                with deferred_interrupt():
+                    self._compute(logits=logits and done == len(tokens))
+        with deferred_interrupt():
+            self._compute(logits=logits)
+        if progress:
+            progress(len(tokens))
+
+    def end_segment(self) -> None:
+        """End the current segment here, whatever it reads like (a turn ends, a document ends)."""
+        if len(self.ledger) and self.ledger.column("segment")[-1] == self.current:
+            self._compute()
+            self.segmenter.end()
+            self._close_segment()
+            self._compute()
+
+    def _enter(self, token: int, state: State, added: bool = False) -> int:
+        if state is State.WHOLE and len(self.ledger) < self.config.sinks and not added:
+            state = State.SINK
+        return self.ledger.append(token, self.current, state=state, added=added)
+
+    def _close_segment(self, logits: bool = True) -> None:
+        """The last token entered ends its segment: make its anchors, begin the next one, free what nobody sees."""
+        config, ledger = self.config, self.ledger
+        if "EP" in config.anchors:
+            self._anchor(len(ledger) - 1, "end of its segment (EP)")
+        if "AC" in config.anchors:
+            for _ in range(config.ac_tokens):
+                self._anchor(self._enter(self.engine.tokenizer.anchor_id(), State.WHOLE, added=True), "added (AC)")
+        if not self.engine.masks or len(ledger) - self._pending_from >= self.engine.batch:
+            self._compute(logits=logits)
+        self.current += 1
+        self._leave_window()
+
+    def _anchor(self, position: int, reason: str) -> None:
+        self.ledger.column("anchor")[position] = True
+        # A token that was computed before its segment was ended by force has seen what any token sees.
+        self.ledger.column("blind")[position] = self.config.isolated and position >= self._pending_from
+        if self.ledger.column("state")[position] == State.WHOLE:
+            self.ledger.mark([position], State.ANCHOR, reason)
+
+    # --- computing ---------------------------------------------------------------------------------------------
+
+    def _compute(self, logits: bool = True) -> None:
+        """Have the engine compute the cells of all entered tokens, each seeing what the rule says."""
+        start, stop = self._pending_from, len(self.ledger)
+        if start == stop:
+            return
+        needs = self.scorer.needs if self.scorer else frozenset()
+        for first, last in self._runs(start, stop):
+            tokens = self.ledger.tokens[first:last].tolist()
+            visible, mask = self._sees(first, last)
+            wanted = logits and last == stop
+            out = self.memory.decode(tokens, first, visible=visible, mask=mask, needs=needs, logits=wanted)
+            self._pending_from = last
+            self.logits = out.logits if wanted else None
+            for need, values in ((SURPRISE, out.surprise), (HIDDEN, out.hidden)):
+                if values is not None:
+                    self._features.setdefault(need, []).append(values)
+        self.peak_cells = max(self.peak_cells, self._held_cells())
+        self._free()
+
+    def _runs(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Cut the entered tokens into decodes [first, last).
+
+        With masks one decode reads everything, several segments long; without, anchors that see their own segment
+        alone need a decode of their own.
+        """
+        if self.engine.masks:
+            return [(start, stop)]
+        blind = self.ledger.column("blind")[start:stop]
+        cuts = [0, *(np.flatnonzero(np.diff(blind)) + 1).tolist(), stop - start]
+        return [(start + a, start + b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+    def _sees(self, first: int, last: int) -> tuple[Ints | None, Bools | None]:
+        """(visible, mask) for one decode, as Memory.decode takes them."""
+        layout = self.ledger.layout()
+        blind = bool(layout.blind[first:last].any())
+        if not self.engine.masks:
+            if not blind:
+                return None, None
+            span = self.ledger.span(int(layout.segment[first]))
+            return span[span < first], None
+        if not blind and layout.segment[first] == layout.segment[last - 1]:
+            return None, None
+        queries = np.arange(first, last)
+        return None, dense_mask(layout, queries, np.concatenate([self.memory.positions(), queries]))
+
+    # --- one token of several sessions in one batch ------------------------------------------------------------
+
+    def begin_step(self, token: int) -> bool:
+        """Enter one token for a joint decode. False: it needed a decode of its own and has been read already."""
+        needs = self.scorer.needs if self.scorer else frozenset()
+        alone = self.config.isolated or bool(needs - {SURPRISE}) or self._pending_from < len(self.ledger)
+        if alone:
+            self.read([token])
+            return False
+        if SURPRISE in needs:
+            values = [surprise_of(next_logits(self), token)]
+            self._features.setdefault(SURPRISE, []).append(np.asarray(values, dtype=np.float32))
+        self._enter(token, State.WHOLE)
+        return True
+
+    def end_step(self, out: Output) -> None:
+        """Take what the joint decode gave for the token that `begin_step` entered."""
+        self._pending_from = len(self.ledger)
+        self.logits = out.logits
+        self.peak_cells = max(self.peak_cells, self._held_cells())
+        if self.segmenter.push(int(self.ledger.tokens[-1])):
+            self._close_segment()
+            self._compute()
+
+    # --- leaving the recent window -----------------------------------------------------------------------------
+
+    def _leave_window(self) -> None:
+        """Segments older than the recent window give up what is not an anchor, a sink or pinned."""
+        leaving = range(self._left, max(self._left, self.current - self.config.recent_window))
+        for segment in leaving:
+            self._select(segment)
+            self._left = segment + 1
+            span = self.ledger.span(segment)
+            state = self.ledger.column("state")[span]
+            anchors = self.ledger.column("anchor")[span]
+            gone = span[(state == State.WHOLE) & ~anchors]
+            self.ledger.mark(gone, State.DROPPED, self._why_dropped())
+        if leaving:
+            self._evict()
+        self._free()
+
+    def _why_dropped(self) -> str:
+        scored = f", not among the best by '{self.config.scorer}' at {self.config.reduction:g}x" if self.scorer else ""
+        return f"left the recent window, no anchor{scored}"
+
+    def _select(self, segment: int) -> None:
+        """SEL: the scorer and the running budget choose which tokens of `segment` stay."""
+        if self.scorer is None:
+            return
+        span = self.ledger.span(segment)
+        span = span[~self.ledger.column("added")[span]]
+        stop = int(span[-1]) + 1
+        if self.scorer.needs and stop > self._pending_from:
+            self._compute()
+        tokens = self.ledger.tokens[span].tolist()
+        features = self._features_of(span)
+        scores = self.scorer.score(
+            SegmentView(
+                tokens=tokens, pieces=[self.engine.tokenizer.piece(token) for token in tokens], start=int(span[0]),
+                surprise=features.get(SURPRISE), hidden=features.get(HIDDEN),
+                vocabulary=self.engine.info.vocabulary,
+            )
+        )
+        column = self.ledger.column
+        eligible = (column("state")[span] == State.WHOLE) & ~column("anchor")[span]
+        older = stop - int(column("added")[:stop].sum())
+        kept = int((column("always")[:stop] | column("anchor")[:stop]).sum())
+        chosen = span[self.budget.choose(scores, eligible, older, kept)]
+        column("anchor")[chosen] = True
+        self.ledger.mark(chosen, State.ANCHOR, f"chosen by '{self.config.scorer}' (SEL)")
+
+    def _features_of(self, span: Ints) -> dict[str, Floats]:
+        """What the engine returned for the tokens of `span`; it and everything older is then let go."""
+        found = {need: np.concatenate(parts) for need, parts in self._features.items()}
+        rows = span - self._features_from
+        self._features_from = int(span[-1]) + 1
+        self._features = {need: [values[rows[-1] + 1 :]] for need, values in found.items()}
+        return {need: values[rows] for need, values in found.items()}
+
+    def _evict(self) -> None:
+        """Cell budget: the oldest anchors go first, so that what stays and the text being read fit."""
+        if self.config.cell_budget is None:
+            return
+        added = self.config.ac_tokens if "AC" in self.config.anchors else 0
+        room = self.config.cell_budget - (self.config.recent_window + 1) * (self.config.max_segment + added)
+        older = slice(0, int(np.searchsorted(self.ledger.column("segment"), self._left)))
+        always, evicted = self.ledger.column("always")[older], self.ledger.column("evicted")[older]
+        alive = np.flatnonzero(self.ledger.column("anchor")[older] & ~always & (evicted == NEVER))
+        surplus = len(alive) + int(always.sum()) - room
+        if surplus > 0:
+            oldest = alive[:surplus]
+            self.ledger.column("evicted")[oldest] = self.current
+            self.ledger.mark(oldest, State.DROPPED, f"cell budget of {self.config.cell_budget} full: oldest anchor")
+
+    def _free(self) -> None:
+        """Free every held cell that no later query can see."""
+        keys = self.memory.positions()
+        if not len(keys):
+            return
+        # Tokens entered but not computed yet are queries still to come: what they see must stay.
+        segment = self.current
+        if self._pending_from < len(self.ledger):
+            segment = int(self.ledger.column("segment")[self._pending_from])
+        unseen = keys[~visible_from(self.ledger.layout(), segment, keys)]
+        if len(unseen):
+            self.memory.drop(unseen)
+
+    # --- recall ------------------------------------------------------------------------------------------------
+
+    def recall(self, segment: int, reason: str) -> bool:
+        """Make `segment` visible again, token for token, by running it once more against what precedes it.
+
+        Exact with w = 0 and nothing evicted before it: its cells depend only on itself and on the anchors before it.
+        With w > 0 it once saw whole neighbours that are gone: approximate, and the ledger says so.
+        Returns False when nothing of it is dropped.
+        """
+        span = self.ledger.span(segment)
+        lost = span[self.ledger.column("state")[span] == State.DROPPED]
+        if not len(lost):
+            return False
+        self._compute()
+        positions = self.memory.positions()
+        earlier = positions[positions < span[0]]
+        anchors = self.ledger.column("anchor")[earlier] | self.ledger.column("always")[earlier]
+        self.memory.decode(
+            self.ledger.tokens[span].tolist(), int(span[0]), visible=earlier[anchors], logits=False
+        )
+        self.ledger.recalls.append(Recalled(segment, len(self.ledger), NEVER))
+        gone = bool((self.ledger.column("evicted")[: span[0]] != NEVER).any())
+        kind = "exact" if self.config.recent_window == 0 and not gone else "approximate"
+        self.ledger.mark(lost, State.RECALLED, f"{reason} ({kind})")
+        self._recalled[segment] = lost
+        self.peak_cells = max(self.peak_cells, self._held_cells())
+        return True
+
+    def release(self, segment: int, reason: str = "recall ended") -> None:
+        """Drop again what `recall` brought back. Does nothing when `segment` is not recalled."""
+        lost = self._recalled.pop(segment, None)
+        if lost is None:
+            return
+        self.ledger.recalls = [
+            Recalled(r.segment, r.first, len(self.ledger)) if r.segment == segment and r.last == NEVER else r
+            for r in self.ledger.recalls
+        ]
+        self.ledger.mark(lost, State.DROPPED, reason)
+        self._free()
+
+    @property
+    def recalled(self) -> dict[int, int]:
+        """Recalled segments now, each with the number of cells that it brought back."""
+        return {segment: len(lost) for segment, lost in self._recalled.items()}
+
+    # --- branching, accounting ---------------------------------------------------------------------------------
+
+    def fork(self) -> Session:
+        """An independent session that continues from here; the cells are shared until one of them writes."""
+        self._compute()
+        other = object.__new__(Session)
+        other.__dict__.update(self.__dict__)
+        other.memory = self.memory.fork()
+        other.ledger = self.ledger.copy()
+        other.segmenter = self.segmenter.copy()
+        other.scorer = self.scorer.copy() if self.scorer else None
+        other.budget = self.budget.copy()
+        other._features = {need: list(parts) for need, parts in self._features.items()}
+        other._recalled = dict(self._recalled)
+        return other
+
+    def accounting(self) -> Accounting:
+        """Cells and bytes now, at the peak, and for a full cache of the same text."""
+        cell, full = self.engine.info.cell_bytes, self.ledger.real_tokens()
+        return Accounting(
+            kept_cells=self._held_cells(), peak_cells=self.peak_cells, full_cells=full,
+            kept_bytes=self.memory.nbytes(), peak_bytes=self.peak_cells * cell, full_bytes=full * cell,
+        )
+
+    def _held_cells(self) -> int:
+        """Cells held now, by the engine's own count of bytes."""
+        return self.memory.nbytes() // self.engine.info.cell_bytes
+
+    def close(self) -> None:
+        """Free the cells. A closed session must not be used."""
+        self.memory.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def next_logits(session: Session) -> Floats:
+    """The logits after the last token read. Raises AnchorKVError when nothing was read."""
+    if session.logits is None:
+        raise AnchorKVError("Nothing has been read yet: read at least one token before asking what comes next.")
+    return session.logits
