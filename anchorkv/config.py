@@ -35,6 +35,7 @@ class AnchorConfig(BaseModel):
     recent_window: int = Field(1, ge=0, description="newest whole segments before the current one (w)")
     anchors_see_anchors: bool = Field(False, description="EP and AC anchors also see earlier anchors")
     pinned: tuple[str, ...] = Field((), description="spans of text that are never dropped")
+    pin_prompt: bool = Field(True, description="pin the chat template's opening (system prompt) as well")
     segments: SegmentKind = "sentence"
     min_segment: int = Field(16, ge=1, description="tokens; sentence ends before this are passed over")
     max_segment: int = Field(48, ge=1, description="tokens; a segment is cut here at the latest")
@@ -121,15 +122,17 @@ PRESETS: dict[str, AnchorConfig] = {
     "default": AnchorConfig(cell_budget=1024),
     # The paper: nothing but one anchor a sentence, w = 0, an anchor sees its own sentence alone.
     "paper-ep": AnchorConfig(
-        anchors=("EP",), sinks=0, recent_window=0, min_segment=1, max_segment=256, recall="off"
+        anchors=("EP",), sinks=0, recent_window=0, min_segment=1, max_segment=256, recall="off",
+        pin_prompt=False,
     ),
     "paper-ac": AnchorConfig(
-        anchors=("AC",), ac_tokens=1, sinks=0, recent_window=0, min_segment=1, max_segment=256, recall="off"
+        anchors=("AC",), ac_tokens=1, sinks=0, recent_window=0, min_segment=1, max_segment=256, recall="off",
+        pin_prompt=False,
     ),
     # SepLLM (arXiv 2412.12094): sinks, separators and a recent window; separators are ordinary tokens.
     "sepllm": AnchorConfig(
         anchors=("EP",), segments="separator", anchors_see_anchors=True, min_segment=1, max_segment=32,
-        sinks=4, recent_window=8, recall="off", cell_budget=800,
+        sinks=4, recent_window=8, recall="off", cell_budget=800, pin_prompt=False,
     ),
 }
 

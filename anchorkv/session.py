@@ -8,6 +8,7 @@ recent window, the scorer says which of its tokens stay (`scorers.py`, `selectio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -324,6 +325,58 @@ class Session:
         other._recalled = dict(self._recalled)
         return other
 
+    def state(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+        """Arrays and JSON-able fields that `restore` takes."""
+        self._compute()
+        ledger, fields = self.ledger.state()
+        arrays = {f"ledger.{name}": values for name, values in ledger.items()}
+        arrays |= {f"memory.{name}": values for name, values in self.memory.state().items()}
+        arrays |= {f"features.{need}": np.concatenate(parts) for need, parts in self._features.items()}
+        arrays |= {f"recalled.{segment}": lost for segment, lost in self._recalled.items()}
+        arrays["budget"] = self.budget.state()
+        if self.logits is not None:
+            arrays["logits"] = self.logits
+        own = {
+            "current": self.current, "left": self._left, "peak_cells": self.peak_cells,
+            "features_from": self._features_from, "ledger": fields,
+        }
+        return arrays, own
+
+    @classmethod
+    def restore(
+        cls, engine: Engine, config: AnchorConfig, arrays: dict[str, npt.NDArray[Any]], fields: dict[str, Any]
+    ) -> Session:
+        """A session as `state` gave it. Raises KeyError, TypeError or ValueError when the parts do not fit."""
+
+        def part(prefix: str) -> dict[str, npt.NDArray[Any]]:
+            return {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
+
+        session = cls(engine, config)
+        session.memory.close()
+        session.memory = engine.restore(part("memory."))
+        session.ledger = Ledger.restore(part("ledger."), fields["ledger"])
+        session.budget = RunningBudget.restore(config.reduction, arrays["budget"])
+        session.current, session._left = int(fields["current"]), int(fields["left"])
+        session.peak_cells = int(fields["peak_cells"])
+        session._features = {need: [values] for need, values in part("features.").items()}
+        session._features_from = int(fields["features_from"])
+        session._recalled = {int(segment): lost for segment, lost in part("recalled.").items()}
+        session.logits = arrays.get("logits")
+        session._pending_from = len(session.ledger)
+        session._replay()
+        return session
+
+    def _replay(self) -> None:
+        """Bring segmenter and scorer to where they were: both follow from the tokens and the ledger alone."""
+        segment, added = self.ledger.column("segment"), self.ledger.column("added")
+        real = np.flatnonzero(~added)
+        for at, position in enumerate(real):
+            ended = self.segmenter.push(int(self.ledger.tokens[position]))
+            follows = real[at + 1] if at + 1 < len(real) else None
+            number = self.current if follows is None else segment[follows]
+            if not ended and number != segment[position]:
+                self.segmenter.end()
+
     def accounting(self) -> Accounting:
         """Cells and bytes now, at the peak, and for a full cache of the same text."""
         cell, full = self.engine.info.cell_bytes, self.ledger.real_tokens()
@@ -340,7 +393,7 @@ class Session:
         """Free the cells. A closed session must not be used."""
         self.memory.close()
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
