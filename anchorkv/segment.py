@@ -5,19 +5,21 @@ and is never revised. An EP anchor must know that it is one when its cell is com
 like text that is read. So reading whole, in chunks or token by token gives the same segments, and replaying the same
 tokens and the same forced ends gives the same state.
 
-The price: where only the next word could tell, the segmenter guesses. A word that merely looks like an abbreviation or a
-list number ("etc.", "he was 25.") does not end its sentence, so the next sentence joins it; "..." typed as three tokens
-ends at its first dot; a closing quote or a line break that follows an end as a token of its own begins the next segment.
-Ends passed over cost a longer segment, never a lost token.
+The price: where only the next word could tell, the segmenter guesses. What merely looks like an abbreviation or a list
+number ("etc.", "he was 25.") does not end its sentence, so the next sentence joins it; "..." in three tokens ends at
+its first dot; a closing quote or a line break that comes as a token of its own after an end begins the next segment.
 
 The segment and its end token are AnLLM's (arXiv 2402.07616, section 3.2); the kind "separator" is SepLLM's
 (arXiv 2412.12094). The first half of this file judges text (pure functions of the current line); the class at the end
 keeps the little that must be remembered between tokens.
 """
 
+# ruff: noqa: RUF001  (Japanese punctuation is meant)
+
 from __future__ import annotations
 
 import codecs
+import copy
 import re
 from collections.abc import Callable, Iterable
 from enum import IntEnum
@@ -35,8 +37,7 @@ CLOSERS = frozenset("'\"”’»)]}）］｝」』】〉》〕*_`")
 WEAK = frozenset(",;:、，；：—…")
 SEPARATORS = frozenset(".,?!;:\t\n。、，！？；：")
 
-PAIRS = {"「": "」", "『": "』", "（": "）", "(": ")", "[": "]", "［": "］", "【": "】", "〔": "〕", "《": "》", "〈": "〉",
-         "“": "”", "„": "“", "«": "»", '"': '"'}  # fmt: skip
+PAIRS = dict(zip('([（［「『【〔《〈“„«"', ')]）］」』】〕》〉”“»"', strict=True))
 MARKS = frozenset(PAIRS) | frozenset(PAIRS.values())
 
 # --------------------------------------------------------------------------------------------- words before a full stop
@@ -54,8 +55,8 @@ REFERENCES = "fig figs eq eqs sec ch chap vol vols ed eds pp p ff dept"
 ANY_CASE = frozenset(f"{LATIN} {REFERENCES}".split())
 
 YEAR = re.compile(r"1\d{3}|20\d{2}")
-INITIAL = re.compile(r"(?:.*[.-])?[A-Z]|.*[.．][a-z]")
-"""One capital ("J", "J.-P") or a letter after a full stop ("U.S", "e.g", "p.m")."""
+INITIAL = re.compile(r"(?:.*[.-])?[A-Za-z]")
+"""One letter, alone or after a full stop: "J", "J.-P", "U.S", and "e", which may become "e.g"."""
 
 LABEL = re.compile(r"[A-Za-z]|[ivxIVX]{1,5}|\d{1,4}(?:\.\d{1,3})*")
 ADDRESS = re.compile(r"://|^https?$|^www\b|[@/\\_={}<>#~|$]|::|\(\)")
@@ -103,7 +104,7 @@ def _core(line: str) -> tuple[str, bool]:
 def sentence_ends(line: str, line_break: bool = False) -> bool:
     """Whether the text of `line`, as far as it was read, ends with the end of a sentence. Ignores what is open."""
     core, closed = _core(line)
-    if not core or core[-1] not in TERMINATORS or looks_like_code(line):
+    if not core or core[-1] not in TERMINATORS or line.endswith("__") or looks_like_code(line):
         return False
     if core[-1] in STOPS:
         return stop_ends(core[:-1], closed or line_break)
@@ -118,7 +119,7 @@ def clause_ends(line: str) -> bool:
     if not core or core[-1] not in WEAK:
         return False
     word = _last_word(core[:-1])
-    return closed or not word or not (word[-1].isdigit() and core[-1] in ",:" or ADDRESS.search(word))
+    return closed or not word or not ((word[-1].isdigit() and core[-1] in ",:") or ADDRESS.search(word))
 
 
 # ---------------------------------------------------------------------------------------------------------------- lines
@@ -138,14 +139,16 @@ CODE = re.compile(
     r"""\s*(?: def\s\w+\( | class\s\w+[(:] | from\s\S+\simport\s | import\s[\w.]+\s*$ | \#include | \#! | // | /\*
         | >>>\s | @\w+\s*$ | (?:const|let|var)\s\w+\s= | (?:func|fn)\s\w+ | [\w.\[\]]+\s[-+*/:]?=\s )
     | .*(?: \s(?: == | != | := | => | -> | \+= | -= | && | \|\| )\s | [\w\])]\(.*\)\s*[;:{]$ | [{}]$ )
-    | (?:\ {4,}|\t)\s*\S+$                                  # one indented word: "    self." goes on""",
+    | (?:\ {4,}|\t)\s*[!-~]+$                                  # one indented word: "    self." goes on""",
     re.VERBOSE,
 )
+CODE_LENGTH = 160
+"""A longer line is taken for prose; this also bounds what a match can cost."""
 FENCES = ("```", "~~~")
 
 
 def looks_like_code(line: str) -> bool:
-    return CODE.match(line) is not None
+    return len(line) <= CODE_LENGTH and CODE.match(line) is not None
 
 
 def is_fence(line: str) -> bool:
@@ -202,11 +205,11 @@ def follow_mark(open_marks: str, mark: str, previous: str) -> str:
     return open_marks + PAIRS.get(mark, "")
 
 
-_BEFORE_CLOSING = (TERMINATORS | CLOSERS | WEAK) - frozenset(",;:—\"*_`")
+_BEFORE_CLOSING = (TERMINATORS | CLOSERS | WEAK) - frozenset(':—"*_`')
 
 # ---------------------------------------------------------------------------------------------------------------- state
 
-_LINE_KEPT = 512
+_LINE_KEPT = 384
 
 
 class _Piece(NamedTuple):
@@ -230,7 +233,6 @@ class Segmenter:
         self._max = config.max_segment
         self._piece = piece
         self._pieces: dict[int, _Piece] = {}
-        self._length = 0
         self._forget_text()
 
     @property
@@ -258,46 +260,40 @@ class Segmenter:
                 if len(self._line) > _LINE_KEPT:
                     self._shorten_line()
             else:
+                parts = bool(self._pending)
                 text = self._decode(known)
                 self._read(text)
-                ended = ended or self._may_end(text)
+                ended = ended or self._text_ends(text, parts)
         if ended:
             self._begin()
         return ended
 
     def end(self) -> None:
         """The caller ends the segment here: a turn, a pinned span or a document ends. What follows is a new text."""
-        self._begin()
         self._forget_text()
 
     def copy(self) -> Segmenter:
         """An independent segmenter in the same state."""
-        twin = object.__new__(Segmenter)
-        twin.__dict__.update(self.__dict__)  # every value is immutable but the cache, which is shared
-        return twin
-
-    def __copy__(self) -> Segmenter:
-        return self.copy()
+        return copy.copy(self)  # every value is immutable but the cache, which is shared
 
     def __deepcopy__(self, memo: object) -> Segmenter:
         return self.copy()  # never copies the tokenizer behind `piece`
 
     def _begin(self) -> None:
         self._length = 0
-        self._open = ""
-        self._content = False
+        self._open = ""  # closing marks that are awaited, innermost last
+        self._content = False  # whether the segment has anything but space, terminators and closing marks
 
     def _forget_text(self) -> None:
-        self._pending = b""
+        self._begin()
+        self._pending = b""  # the first bytes of a character that is not complete
         self._line = ""
-        self._open = ""
         self._break = Break.NONE
         self._fenced = False
-        self._content = False
 
     def _shorten_line(self) -> None:
         """Keep both ends of a very long line: what it is, and how it goes on."""
-        self._line = self._line[: _LINE_KEPT // 4] + self._line[-_LINE_KEPT // 2 :]
+        self._line = self._line[: _LINE_KEPT // 3] + self._line[-_LINE_KEPT // 2 :]
 
     def _decode(self, piece: _Piece) -> str:
         if piece.text and not self._pending:
@@ -329,10 +325,12 @@ class Segmenter:
         if self._break >= Break.LINE:
             self._open = ""
 
-    def _may_end(self, text: str) -> bool:
-        """Whether the segment may end here, its length aside from the limits already met."""
+    def _text_ends(self, text: str, parts: bool) -> bool:
+        """Whether the segment may end after the token that brought `text`; parts: it completed a character."""
         if self._length < self._min or self._pending:
             return False
+        if parts and self._length > self._max - 3:
+            return True  # the next character may be three tokens too: a forced cut would split it
         if self._kind == "separator":
             return text[-1:] in SEPARATORS
         if not self._content:
@@ -352,13 +350,8 @@ def _classify(data: bytes) -> _Piece:
     except UnicodeDecodeError:
         return _Piece(data, "", False)
     last = text.rstrip()[-1:]
-    plain = (
-        last not in _ENDINGS
-        and text[-1:] not in SEPARATORS
-        and "\n" not in text
-        and MARKS.isdisjoint(text)
-    )
-    return _Piece(data, text, plain)
+    ending = last in _ENDINGS or text[-1:] in SEPARATORS
+    return _Piece(data, text, not ending and "\n" not in text and MARKS.isdisjoint(text))
 
 
 _ENDINGS = TERMINATORS | CLOSERS | WEAK | {"", "-"}
