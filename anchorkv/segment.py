@@ -14,8 +14,6 @@ The segment and its end token are AnLLM's (arXiv 2402.07616, section 3.2); the k
 keeps the little that must be remembered between tokens.
 """
 
-# ruff: noqa: RUF001  (Japanese punctuation is meant)
-
 from __future__ import annotations
 
 import codecs

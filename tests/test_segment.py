@@ -1,7 +1,5 @@
 """Segments: the ends that a reader expects, the limits, and that nothing read later changes a decision."""
 
-# ruff: noqa: RUF001  (Japanese punctuation is meant)
-
 from __future__ import annotations
 
 import copy
