@@ -1,0 +1,214 @@
+"""Which tokens deserve to stay (kind SEL): a score for every token of a segment, higher is more useful.
+
+A scorer is one small class with one method. It sees a segment once, in stream order, so that it may count what the
+document has said so far and still decide the same however the text was chunked. `scorer(name)` finds one by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+
+from anchorkv.engines.base import SURPRISE, Bools, Floats, hidden_need
+from anchorkv.errors import ConfigError, ModelError
+
+
+@dataclass(frozen=True)
+class SegmentView:
+    """What a scorer may know of a segment of n tokens. Features are present when the scorer's `needs` name them."""
+
+    tokens: Sequence[int]
+    pieces: Sequence[bytes]
+    """The bytes each token stands for; b"" for control tokens."""
+    start: int
+    """Position of the first token in the stream."""
+    surprise: Floats | None
+    """-log p of each token, [n]."""
+    hidden: Floats | None
+    """Hidden states after one layer, [n, d]."""
+    vocabulary: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Scorer(Protocol):
+    """Gives every token of a segment a usefulness score."""
+
+    name: str
+    needs: frozenset[str]
+    """Model features that it reads: SURPRISE or hidden_need(layer)."""
+
+    def score(self, segment: SegmentView) -> Floats:
+        """Scores [n]. Called once a segment, in stream order."""
+
+    def copy(self) -> Self:
+        """An independent scorer with the same memory of the document."""
+
+
+class Stateless:
+    """Base of scorers that remember nothing between segments: a copy is the scorer itself."""
+
+    name: str
+    needs: frozenset[str] = frozenset()
+
+    def copy(self) -> Self:
+        return self
+
+
+class Endpoint(Stateless):
+    """The segment's last token, then the one before it, and so on (EP's choice, as a score)."""
+
+    name = "endpoint"
+
+    def score(self, segment: SegmentView) -> Floats:
+        return np.linspace(0, 1, len(segment), dtype=np.float32)
+
+
+class Random(Stateless):
+    """The baseline: a hash of position and token, uniform in [0, 1)."""
+
+    name = "random"
+
+    def score(self, segment: SegmentView) -> Floats:
+        position = np.arange(segment.start, segment.start + len(segment), dtype=np.uint64)
+        bits = position * np.uint64(0x9E3779B97F4A7C15) + np.asarray(segment.tokens, dtype=np.uint64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+            bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+        return ((bits ^ (bits >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+
+
+class Frequency(Stateless):
+    """Rare tokens first. A vocabulary learnt by merges gives frequent pieces low ids, so log(id) stands in for rarity.
+
+    Scores lie in [0, 1]: log(1 + id) / log(vocabulary); 0 for control tokens, white space and punctuation, whose ids
+    say nothing of their frequency.
+    """
+
+    name = "frequency"
+
+    def score(self, segment: SegmentView) -> Floats:
+        return rarity(segment) * has_content(segment)
+
+
+class Surprise(Stateless):
+    """Tokens that the model itself did not expect first. Costs the output matrix for every token of the prompt."""
+
+    name = "surprise"
+    needs = frozenset({SURPRISE})
+
+    def score(self, segment: SegmentView) -> Floats:
+        if segment.surprise is None:
+            raise ConfigError("The scorer 'surprise' needs each token's -log p, and this engine did not give it.")
+        return np.nan_to_num(np.asarray(segment.surprise, dtype=np.float32))
+
+
+def rarity(segment: SegmentView) -> Floats:
+    """log(1 + id) / log(vocabulary), [n]."""
+    ids = np.asarray(segment.tokens, dtype=np.float64)
+    share: Floats = np.clip(np.log1p(ids) / np.log(max(segment.vocabulary, 3)), 0, 1).astype(np.float32)
+    return share
+
+
+def has_content(segment: SegmentView) -> Bools:
+    """Whether a piece holds a letter or a digit of any script, [n]."""
+    return np.fromiter((any(_CONTENT[byte] for byte in piece) for piece in segment.pieces), dtype=bool)
+
+
+_CONTENT = [byte >= 0x80 or chr(byte).isalnum() for byte in range(256)]
+
+
+@dataclass
+class Learned(Stateless):
+    """A trained head on one layer's hidden states: standardise, then a linear map or one hidden ReLU layer.
+
+    mean, std: [d]. weight, bias: [d] and a scalar (linear), or [m, d] and [m] with `out` [m] and `out_bias`.
+    """
+
+    layer: int
+    mean: Floats
+    std: Floats
+    weight: Floats
+    bias: Floats
+    out: Floats | None = None
+    out_bias: float = 0.0
+    name: str = "learned"
+    needs: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        width = self.mean.shape[0]
+        rows = self.weight.shape[:-1]
+        fits = self.std.shape == (width,) and self.weight.shape == (*rows, width) and self.bias.shape == rows
+        fits &= rows == () if self.out is None else len(rows) == 1 and self.out.shape == rows
+        if not fits:
+            raise ModelError("The scorer's arrays do not fit together: see anchorkv.scorers.Learned for their shapes.")
+        self.needs = frozenset({hidden_need(self.layer)})
+
+    def score(self, segment: SegmentView) -> Floats:
+        if segment.hidden is None:
+            raise ConfigError(f"The scorer '{self.name}' needs the hidden states of layer {self.layer}.")
+        if segment.hidden.shape[1] != self.mean.shape[0]:
+            raise ModelError(
+                f"The scorer '{self.name}' was trained for a hidden size of {self.mean.shape[0]}, "
+                f"but this model's is {segment.hidden.shape[1]}."
+            )
+        x = (np.asarray(segment.hidden, dtype=np.float32) - self.mean) / self.std
+        x = x @ self.weight.T + self.bias
+        if self.out is not None:
+            x = np.maximum(x, 0) @ self.out + np.float32(self.out_bias)
+        return np.asarray(x, dtype=np.float32)
+
+    def save(self, path: str | Path) -> None:
+        """Write the head as one safetensors file."""
+        from safetensors.numpy import save_file
+
+        arrays = {"mean": self.mean, "std": self.std, "weight": self.weight, "bias": self.bias}
+        if self.out is not None:
+            arrays |= {"out": self.out, "out_bias": np.asarray([self.out_bias], dtype=np.float32)}
+        arrays = {key: np.array(value, dtype=np.float32, order="C") for key, value in arrays.items()}
+        save_file(arrays, str(path), metadata={"layer": str(self.layer)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Learned:
+        """Read what `save` wrote. Raises ModelError when the file is missing, damaged or not a scorer."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                layer = int((file.metadata() or {})["layer"])
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            return cls(
+                layer, arrays["mean"], arrays["std"], arrays["weight"], arrays["bias"], arrays.get("out"),
+                float(arrays["out_bias"][0]) if "out_bias" in arrays else 0.0,
+            )
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ModelError(f"'{path}' is not a scorer that anchorkv saved ({type(error).__name__}).") from None
+
+
+SCORERS: dict[str, Callable[[], Scorer]] = {
+    "default": Frequency,
+    "endpoint": Endpoint,
+    "frequency": Frequency,
+    "random": Random,
+    "surprise": Surprise,
+}
+
+
+def scorer(name: str) -> Scorer:
+    """A fresh scorer by its name, or a trained one by the path of its .safetensors file.
+
+    Raises ConfigError with the known names otherwise.
+    """
+    if name.endswith(".safetensors"):
+        return Learned.load(name)
+    try:
+        return SCORERS[name]()
+    except KeyError:
+        known = ", ".join(SCORERS)
+        raise ConfigError(
+            f"There is no scorer '{name}'; choose one of {known}, or the path of a trained one (.safetensors)."
+        ) from None

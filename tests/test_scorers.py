@@ -1,0 +1,127 @@
+"""Scorers: what they prefer, what they need, and that their memory of the document forks."""
+
+import numpy as np
+import pytest
+
+from anchorkv.engines.base import SURPRISE, hidden_need
+from anchorkv.errors import ConfigError, ModelError
+from anchorkv.scorers import SCORERS, Endpoint, Frequency, Learned, Random, SegmentView, Surprise, scorer
+
+PIECES = {1: b"", 5: b".", 6: b"\n\n", 300: b" the", 20000: b" whale", 40000: b" Ahab", 350: b"ing", 400: "鯨".encode()}
+
+
+def view(tokens, start=0, surprise=None, hidden=None, vocabulary=49152):
+    return SegmentView(
+        tokens=tokens, pieces=[PIECES.get(token, b" x") for token in tokens], start=start, surprise=surprise,
+        hidden=hidden, vocabulary=vocabulary,
+    )
+
+
+def head(layer=3, width=8, inner=None, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def random(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    if inner is None:
+        return Learned(layer, random(width), 1 + random(width) ** 2, random(width), random()[()])
+    return Learned(
+        layer, random(width), 1 + random(width) ** 2, random(inner, width), random(inner), random(inner), 0.25
+    )
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_every_scorer_gives_one_finite_score_a_token(name):
+    one = scorer(name)
+    surprise = np.array([np.nan, 1, 2, 3, 4], dtype=np.float32)
+    for segment in (view([300, 20000, 5, 40000, 1], surprise=surprise), view([], surprise=surprise[:0])):
+        scores = one.score(segment)
+        assert scores.dtype == np.float32
+        assert scores.shape == (len(segment),)
+        assert np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_copy_scores_alike_and_apart(name):
+    rng = np.random.default_rng(0)
+    segments = [
+        view(rng.choice(list(PIECES), 20).tolist(), start=20 * i, surprise=rng.random(20).astype(np.float32))
+        for i in range(3)
+    ]
+    first, alone = scorer(name), scorer(name)
+    first.score(segments[0])
+    alone.score(segments[0])
+    second = first.copy()
+    second.score(segments[1])
+    assert (first.score(segments[2]) == alone.score(segments[2])).all()
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"no scorer 'nope'.*default.*surprise"):
+        scorer("nope")
+
+
+def test_endpoint_prefers_the_last():
+    assert np.argmax(Endpoint().score(view([300, 20000, 5]))) == 2
+
+
+def test_frequency_prefers_the_rare_and_ignores_marks():
+    scores = Frequency().score(view([300, 20000, 40000, 5, 6, 1]))
+    assert scores[2] > scores[1] > scores[0] > 0
+    assert (scores[3:] == 0).all()
+    assert scores.max() <= 1
+
+
+def test_other_scripts_have_content():
+    assert Frequency().score(view([400]))[0] > 0
+
+
+def test_surprise_is_the_models_own():
+    surprise = np.array([np.nan, 5.0, 0.5], dtype=np.float32)
+    assert Surprise().needs == {SURPRISE}
+    assert Surprise().score(view([300, 5, 6], surprise=surprise)).tolist() == [0.0, 5.0, 0.5]
+
+
+def test_a_missing_feature_is_named():
+    with pytest.raises(ConfigError, match="surprise"):
+        Surprise().score(view([300]))
+    with pytest.raises(ConfigError, match="layer 3"):
+        head().score(view([300]))
+
+
+def test_random_depends_on_position_and_token_alone():
+    whole = Random().score(view(list(range(300, 400))))
+    tail = Random().score(view(list(range(350, 400)), start=50))
+    assert (whole[50:] == tail).all()
+    assert 0.35 < whole.mean() < 0.65
+    assert len(set(whole.tolist())) == 100
+
+
+@pytest.mark.parametrize("inner", [None, 4])
+def test_learned_is_a_standardised_head(inner, tmp_path):
+    learned = head(inner=inner)
+    hidden = np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32)
+    x = (hidden - learned.mean) / learned.std
+    if inner is None:
+        expected = [float(learned.weight @ row + learned.bias) for row in x]
+    else:
+        expected = [float(np.maximum(learned.weight @ row + learned.bias, 0) @ learned.out + 0.25) for row in x]
+    scores = learned.score(view([300] * 5, hidden=hidden))
+    assert scores == pytest.approx(expected, abs=1e-4)
+    assert learned.needs == {hidden_need(3)}
+    learned.save(tmp_path / "head.safetensors")
+    again = scorer(str(tmp_path / "head.safetensors"))
+    assert again.needs == learned.needs
+    assert (again.score(view([300] * 5, hidden=hidden)) == scores).all()
+
+
+def test_learned_refuses_what_does_not_fit(tmp_path):
+    with pytest.raises(ModelError, match="hidden size of 8"):
+        head().score(view([300], hidden=np.zeros((1, 9), dtype=np.float32)))
+    with pytest.raises(ModelError, match="do not fit"):
+        Learned(1, np.zeros(3), np.ones(3), np.zeros((2, 3)), np.zeros(2))
+    with pytest.raises(ModelError, match="not a scorer"):
+        scorer(str(tmp_path / "missing.safetensors"))
+    (tmp_path / "damaged.safetensors").write_bytes(b"abc")
+    with pytest.raises(ModelError, match="not a scorer"):
+        scorer(str(tmp_path / "damaged.safetensors"))
