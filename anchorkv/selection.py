@@ -70,3 +70,14 @@ class RunningBudget:
         other = RunningBudget(self.reduction)
         other._seen = self._seen
         return other
+
+    def state(self) -> Floats:
+        """What `restore` needs: all scores seen, ascending."""
+        return self._seen.copy()
+
+    @classmethod
+    def restore(cls, reduction: float, seen: Floats) -> RunningBudget:
+        """A budget that continues from `state()`."""
+        other = cls(reduction)
+        other._seen = np.asarray(seen, dtype=np.float32)
+        return other

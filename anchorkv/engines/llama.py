@@ -28,7 +28,10 @@ from anchorkv.errors import CapacityError, ModelError, SavedStateError
 _SCRATCH, _ALIAS, _FIRST = 0, 1, 2
 _META_BYTES = 12
 """A cell's position, its number of sequences and its sequence id, in llama.cpp's sequence state."""
-_HEADER = np.dtype([("streams", "<u4"), ("cells", "<u4"), ("position", "<i4")])
+_HEADER = np.dtype(
+    [("magic", "<u4"), ("sequence", "<i4"), ("streams", "<u4"), ("cells", "<u4"), ("position", "<i4")]
+)
+"""How llama.cpp's state of a sequence begins (llama-context.cpp, llama-kv-cache.cpp of llama-cpp-python 0.3.36)."""
 
 
 class LlamaEngine:
@@ -206,7 +209,8 @@ class LlamaEngine:
     def _state_blob(self, sequence: int) -> npt.NDArray[np.uint8]:
         size = self._state_size(sequence)
         buffer = (ctypes.c_uint8 * size)()
-        llama_cpp.llama_state_seq_get_data(self._context, buffer, size, sequence)
+        if llama_cpp.llama_state_seq_get_data(self._context, buffer, size, sequence) != size:
+            raise ModelError("llama.cpp could not give out the cells of a sequence.")
         return np.frombuffer(buffer, dtype=np.uint8)
 
     def _alias(self, sequence: int, position: int, at: int) -> None:

@@ -111,12 +111,14 @@ def fast_copy(path: Path) -> Path:
 
     Q4_1 and Q5_1 values are reproduced by Q8_0 up to its own rounding, so nothing is lost that matters.
     """
-    if not path.is_file() or path.stat().st_size > _COPY_LIMIT or file_type(path) not in _SLOW:
+    if not path.is_file() or path.stat().st_size > _COPY_LIMIT:
         return path
     folder = platformdirs.user_cache_path("anchorkv") / "weights"
     target = folder / f"{path.stem}-{fingerprint(path)[:16]}-Q8_0.gguf"
     if target.is_file():
         return target
+    if file_type(path) not in _SLOW:
+        return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{target.name}.{os.getpid()}.partial"
