@@ -1,0 +1,1 @@
+"""What a ledger looks like to a person: on a terminal, and as a web page."""
