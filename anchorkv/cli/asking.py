@@ -76,12 +76,13 @@ def ask_one(console: Console, side: Side, question: str, max_tokens: int, sampli
 def ask_both(console: Console, left: Side, right: Side, question: str, max_tokens: int, sampling: Sampling) -> None:
     """Two answers beside each other, written one after the other so that neither slows the other down."""
     texts = {left.name: Text(""), right.name: Text("")}
+    before = {left.name: len(left.answers), right.name: len(right.answers)}
 
     def screen() -> RenderableType:
         grid = Table.grid(expand=True, padding=(0, 1))
         grid.add_column(ratio=1)
         grid.add_column(ratio=1)
-        grid.add_row(*(_panel(side, texts[side.name], question) for side in (left, right)))
+        grid.add_row(*(_panel(side, texts[side.name], len(side.answers) > before[side.name]) for side in (left, right)))
         return Group(Text(f"Q  {printable(question)}", style="bold"), grid)
 
     console.print()
@@ -98,10 +99,10 @@ def ask_both(console: Console, left: Side, right: Side, question: str, max_token
         live.update(screen())
 
 
-def _panel(side: Side, text: Text, question: str) -> Panel:
-    done = bool(side.answers) and side.answers[-1].question == question and bool(text.plain)
+def _panel(side: Side, text: Text, done: bool) -> Panel:
     line = tables.answer_line(side.answers[-1]) if done else "…"
-    body = Group(text if text.plain else Text("…", style="dim"), Text(line, style="dim"))
+    empty = Text("(no answer)" if done else "…", style="dim")
+    body = Group(text if text.plain else empty, Text(line, style="dim"))
     return Panel(body, title=side.name, title_align="left", box=box.ROUNDED, border_style="dim", padding=(0, 1))
 
 

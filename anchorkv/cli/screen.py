@@ -86,7 +86,7 @@ def size(nbytes: float) -> str:
     """Bytes in the unit that suits them (1 MiB = 2**20)."""
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1024:
-            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"
+            return f"{nbytes:,.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:,.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:,.1f} GiB"
 

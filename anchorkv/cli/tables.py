@@ -10,26 +10,28 @@ from rich.table import Table
 
 from anchorkv.cli.screen import count, middle, seconds, size, speed, times
 from anchorkv.document import Answer, Document
+from anchorkv.ledger import Accounting
 
 
 def figures(document: Document, answers: Sequence[Answer]) -> Table:
     """Kept against full, speeds, recall. Full figures are what the same text takes with nothing dropped."""
     cells = document.accounting()
+    top = _peak(document, answers)
     table = _table()
     for heading in ("", "kept", "full cache", "reduction"):
         table.add_column(heading, justify="left" if not heading else "right", style="dim" if not heading else "")
     for name, kept, full, show in (
         ("Cells now", cells.kept_cells, cells.full_cells, count),
-        ("Cells at the peak", cells.peak_cells, cells.full_cells, count),
+        ("Cells at the peak", top.peak_cells, cells.full_cells, count),
         ("Memory now", cells.kept_bytes, cells.full_bytes, size),
-        ("Memory at the peak", cells.peak_bytes, cells.full_bytes, size),
+        ("Memory at the peak", top.peak_bytes, cells.full_bytes, size),
     ):
         table.add_row(name, show(kept), show(full), _ratio(full, kept))
     table.add_section()
-    table.add_row("Reading, tokens", _reading(document), "", "")
+    table.add_row("Prefill, tokens", _reading(document), "", "")
     if answers:
-        table.add_row("Writing, tokens", _writing(answers), "", "")
-        table.add_row("First token after", _first(answers), "", "")
+        table.add_row("Decode, tokens", _writing(answers), "", "")
+        table.add_row("Time to first token", _first(answers), "", "")
         recalled = sum(len(answer.recalled) for answer in answers)
         table.add_row("Segments recalled", count(recalled), "", "")
     return table
@@ -38,26 +40,27 @@ def figures(document: Document, answers: Sequence[Answer]) -> Table:
 def comparison(
     document: Document, answers: Sequence[Answer], full: Document, full_answers: Sequence[Answer]
 ) -> Table:
-    """The same figures for anchors and for the full cache, both measured; the ratio is above 1 where anchors win."""
+    """The same figures for anchors and for the full cache, both measured; a gain above 1 is for anchors."""
     table = _table()
-    for heading in ("", "anchors", "full cache", "anchors win by"):
+    for heading in ("", "anchors", "full cache", "gain"):
         table.add_column(heading, justify="left" if not heading else "right", style="dim" if not heading else "")
     kept, whole = document.accounting(), full.accounting()
+    top, whole_top = _peak(document, answers), _peak(full, full_answers)
     for name, ours, theirs, show in (
         ("Cells kept", kept.kept_cells, whole.kept_cells, count),
-        ("Cells at the peak", kept.peak_cells, whole.peak_cells, count),
+        ("Cells at the peak", top.peak_cells, whole_top.peak_cells, count),
         ("Memory kept", kept.kept_bytes, whole.kept_bytes, size),
-        ("Memory at the peak", kept.peak_bytes, whole.peak_bytes, size),
+        ("Memory at the peak", top.peak_bytes, whole_top.peak_bytes, size),
     ):
         table.add_row(name, show(ours), show(theirs), _ratio(theirs, ours))
     table.add_section()
     a, b = document.reading.tokens_per_second, full.reading.tokens_per_second
-    table.add_row("Reading, tokens", _reading(document), _reading(full), _ratio(a, b))
+    table.add_row("Prefill, tokens", _reading(document), _reading(full), _ratio(a, b))
     if answers and full_answers:
         a, b = (middle([x.tokens_per_second for x in side]) for side in (answers, full_answers))
-        table.add_row("Writing, tokens", _writing(answers), _writing(full_answers), _ratio(a, b))
+        table.add_row("Decode, tokens", _writing(answers), _writing(full_answers), _ratio(a, b))
         a, b = (middle([x.first_token_seconds for x in side]) for side in (answers, full_answers))
-        table.add_row("First token after", _first(answers), _first(full_answers), _ratio(b, a))
+        table.add_row("Time to first token", _first(answers), _first(full_answers), _ratio(b, a))
         table.add_row("Segments recalled", count(sum(len(answer.recalled) for answer in answers)), "–", "")
     return table
 
@@ -83,6 +86,13 @@ def accounting_dict(document: Document) -> dict[str, Any]:
         },
         "accounting": document.accounting().as_dict(),
     }
+
+
+def _peak(document: Document, answers: Sequence[Answer]) -> Accounting:
+    """The accounting with the highest peak: answers hold recalled cells beside the document's."""
+    return max(
+        (document.accounting(), *(answer.accounting for answer in answers)), key=lambda cells: cells.peak_cells
+    )
 
 
 def _table() -> Table:
