@@ -10,23 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BloomConfig, MambaConfig, T5Config
+from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, MambaConfig, T5Config
 
 from anchorkv.engines.base import SURPRISE, Bools, Ints, hidden_need
-from anchorkv.engines.torch import TorchEngine, TorchMemory, fingerprint
+from anchorkv.engines.torch import TorchEngine
+from anchorkv.engines.torch_memory import TorchMemory
+from anchorkv.engines.torch_model import fingerprint
+from anchorkv.engines.torch_tokenizer import TorchTokenizer
 from anchorkv.errors import CapacityError, ConfigError, ModelError, SavedStateError
 from anchorkv.visibility import NEVER, Layout, Recalled, dense_mask, visible_from
 from tests.tiny import ARCHITECTURES, SPECIAL, VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tensors are too small to share out
 N, TOLERANCE = 96, 1e-4
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 @functools.cache
 def engine(architecture: str = "llama") -> TorchEngine:
-    from anchorkv.engines.torch_tokenizer import TorchTokenizer
-
     return TorchEngine(tiny_model(architecture), TorchTokenizer(tiny_tokenizer()))
 
 
@@ -267,7 +268,8 @@ def test_a_recall_does_not_disturb_the_next_surprise() -> None:
         each.decode(tokens[:30], 0, needs=needs)
     memory.drop(np.arange(5, 10))
     memory.decode(tokens[5:10], 5, visible=np.arange(5), needs=needs)
-    assert close(memory.decode(tokens[30:], 30, needs=needs).surprise, other.decode(tokens[30:], 30, needs=needs).surprise)
+    got, wanted = (each.decode(tokens[30:], 30, needs=needs).surprise for each in (memory, other))
+    assert close(got, wanted)
 
 
 @every_architecture
@@ -381,7 +383,8 @@ def test_load_a_folder(tmp_path: Path) -> None:
     assert tokenizer.eos_ids == {0, 2}
     assert tokenizer.anchor_id() == SPECIAL.index("<|reserved_0|>")
     assert tokenizer.start_ids() == []
-    assert tokenizer.chat([{"role": "user", "content": "Hi"}]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    chat = tokenizer.chat([{"role": "user", "content": "Hi"}])
+    assert chat == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_load_an_adapter(tmp_path: Path) -> None:
@@ -389,7 +392,8 @@ def test_load_an_adapter(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "tiny")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tuned = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        tuned = peft.get_peft_model(tiny_model(), lora)
     tuned.save_pretrained(tmp_path / "adapter")
     loaded = TorchEngine.load(folder, device="cpu", dtype="fp32", adapter=tmp_path / "adapter")
     with torch.no_grad():
@@ -446,8 +450,6 @@ def test_what_is_no_decoder_is_refused(tmp_path: Path, config: Any) -> None:
     ],
 )
 def test_models_that_cannot_be_anchored_are_refused(config: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
     with pytest.raises(ModelError, match="anchor"):
         TorchEngine(AutoModelForCausalLM.from_config(config), engine().tokenizer)
 

@@ -10,10 +10,6 @@ with a full cache; full-attention layers see it.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,134 +20,19 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from anchorkv.engines.base import SURPRISE, Bools, Floats, Ints, ModelInfo, Output, Tokenizer
+from anchorkv.engines.base import Bools, Ints, ModelInfo, Output, Tokenizer
 from anchorkv.engines.torch_cache import CellCache, CellRows
-from anchorkv.errors import CapacityError, ModelError, SavedStateError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FULL, SLIDING = "full_attention", "sliding_attention"
-CHUNK = 256
-"""Rows of the output matrix turned into probabilities at once."""
-
-
-class TorchMemory:
-    """The cells of one session; see `anchorkv.engines.base.Memory`, whose contract it keeps."""
-
-    def __init__(self, engine: TorchEngine, cells: CellCache) -> None:
-        self.engine = engine
-        self.cells = cells
-        self.ahead: tuple[int, torch.Tensor] | None = None
-        """(position, logits [vocabulary] that predict the token there), of the newest decode that computed them."""
-
-    def decode(
-        self, tokens: Sequence[int], start: int, *, visible: Ints | None = None, mask: Bools | None = None,
-        needs: frozenset[str] = frozenset(), logits: bool = True,
-    ) -> Output:
-        """As the protocol says. The surprise of the first token uses the logits of the decode that ended just before
-        `start`; where no decode did, or it was told `logits=False` and not asked for surprise, it is log(vocabulary).
-        `Output.logits` is empty when `logits` is false. Raises ValueError when `mask` has the wrong shape.
-        """
-        engine, n, held = self.engine, len(tokens), self.cells.held
-        queries = np.arange(start, start + n)
-        keys = np.concatenate([held, queries])
-        if mask is None:
-            seen = np.ones((n, len(keys)), dtype=bool)
-            seen[:, : len(held)] = held < start if visible is None else (held < start) & np.isin(held, visible)
-            seen[:, len(held) :] = np.tri(n, dtype=bool)
-        elif mask.shape != (n, len(keys)):
-            raise ValueError(f"the mask has shape {mask.shape}; {n} tokens and {len(held)} held cells need "
-                             f"({n}, {len(keys)})")
-        else:
-            seen = mask
-        layer = _hidden_layer(needs, len(engine.layers))
-        rows = n if SURPRISE in needs else int(logits)
-        with _out_of_memory():
-            out, hidden = engine.forward(
-                [list(tokens)], queries[None], keys[None], seen[None], self.cells, logits=rows, layer=layer
-            )
-            surprise = None
-            if SURPRISE in needs and out is not None:
-                surprise = self._surprise(out[0], tokens, start)
-            last = None if out is None else out[0, -1].clone()
-            output = Output(
-                logits=_floats(last) if logits and last is not None else np.empty(0, dtype=np.float32),
-                surprise=surprise,
-                hidden=None if hidden is None else _floats(hidden[0]),
-            )
-        self.cells.commit(start, n)
-        self._look_ahead(start + n, last)
-        return output
-
-    def _surprise(self, logits: torch.Tensor, tokens: Sequence[int], start: int) -> Floats:
-        """-log p of each token [n], from `logits` [n, vocabulary] and those of the decode before."""
-        out = np.empty(len(tokens), dtype=np.float32)
-        if self.ahead is not None and self.ahead[0] == start:
-            out[0] = _nll(self.ahead[1][None], tokens[:1])[0]
-        else:
-            out[0] = math.log(self.engine.info.vocabulary)
-        for first in range(1, len(tokens), CHUNK):
-            targets = tokens[first : first + CHUNK]
-            out[first : first + CHUNK] = _nll(logits[first - 1 : first - 1 + len(targets)], targets)
-        return out
-
-    def _look_ahead(self, position: int, logits: torch.Tensor | None) -> None:
-        # A recall computes old tokens again: what it predicts is not what comes next.
-        if logits is not None and (self.ahead is None or position >= self.ahead[0] or position > self.newest):
-            self.ahead = (position, logits)
-
-    @property
-    def newest(self) -> int:
-        """The highest position held; -1 when empty."""
-        return int(self.cells.held[-1]) if len(self.cells.held) else -1
-
-    def drop(self, positions: Ints) -> None:
-        """Free the cells at `positions` [m]; those not held are ignored."""
-        keep = np.flatnonzero(~np.isin(self.cells.held, positions))
-        if len(keep) < len(self.cells.held):
-            self.cells.keep(keep)
-
-    def fork(self) -> TorchMemory:
-        """An independent copy of the held cells. Raises CapacityError when there is no room for it."""
-        with _out_of_memory():
-            twin = TorchMemory(self.engine, self.cells.copy())
-        twin.ahead = self.ahead
-        return twin
-
-    def positions(self) -> Ints:
-        """Positions held now [m], ascending: one for each row of the cache's tensors."""
-        return self.cells.held.copy()
-
-    def nbytes(self) -> int:
-        """Bytes of the keys and values held now, summed over the tensors' held rows."""
-        return self.cells.nbytes()
-
-    def capacity_bytes(self) -> int:
-        """Bytes of this memory's buffers, the room to grow included."""
-        return self.cells.capacity_bytes()
-
-    def trim(self) -> None:
-        """Give back the room to grow, for a session that will rest."""
-        self.cells.trim()
-
-    def state(self) -> dict[str, npt.NDArray[Any]]:
-        """positions [m] int64; dtype; keys.<layer>, values.<layer> [kv_heads, m, head_dim] (bf16 as uint16 bits);
-        ahead.position and ahead.logits [vocabulary] when known."""
-        state: dict[str, npt.NDArray[Any]] = {
-            "positions": self.positions(), "dtype": np.array(self.engine.info.weights)
-        }
-        if len(self.cells.held):
-            for number, layer in enumerate(self.cells.layers):
-                for name, tensor in zip(("keys", "values"), layer.held(), strict=True):
-                    state[f"{name}.{number}"] = _to_numpy(tensor[0])
-        if self.ahead is not None:
-            state["ahead.position"] = np.array(self.ahead[0])
-            state["ahead.logits"] = _floats(self.ahead[1])
-        return state
-
-    def close(self) -> None:
-        """Free all cells."""
-        self.cells = CellCache(len(self.cells.layers))
-        self.ahead = None
+from anchorkv.engines.torch_memory import TorchMemory, floats, from_numpy, out_of_memory
+from anchorkv.engines.torch_model import (
+    DTYPES,
+    FULL,
+    check_arguments,
+    decoder_layers,
+    fingerprint,
+    layer_kinds,
+    rope_types,
+)
+from anchorkv.errors import ModelError, SavedStateError
 
 
 class TorchEngine:
@@ -165,21 +46,21 @@ class TorchEngine:
     masks = True
 
     def __init__(
-        self, model: nn.Module, tokenizer: Tokenizer, *, name: str = "", batch: int = 512
+        self, model: Any, tokenizer: Tokenizer, *, name: str = "", batch: int = 512
     ) -> None:
-        self.model: Any = model.eval()
+        self.model = model.eval()
         self.tokenizer = tokenizer
         self.batch = batch
         self.config = self.model.config.get_text_config(decoder=True)
         self.device = next(model.parameters()).device
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        self.kinds = _layer_kinds(self.config)
+        self.kinds = layer_kinds(self.config)
         self.sliding_window = int(getattr(self.config, "sliding_window", None) or 0)
-        self._accepted = _check_arguments(self.model)
+        self._accepted = check_arguments(self.model)
         self._mask_of = self._masks()
-        self.layers = _decoder_layers(model, self.config.num_hidden_layers)
+        self.layers = decoder_layers(model, self.config.num_hidden_layers)
         # Positions decide these frequencies for a whole batch: rows of different length must not share one.
-        self._rows_apart = _rope_types(self.config) & {"dynamic", "longrope"} != set()
+        self._rows_apart = rope_types(self.config) & {"dynamic", "longrope"} != set()
         self._rows: CellRows | None = None
         self._check_rule()
         self.info = self._describe(name)
@@ -222,7 +103,7 @@ class TorchEngine:
                     array = state[f"{name}.{number}"]
                     if array.shape != (shape[0], len(positions), shape[1]):
                         raise ValueError(f"{name} of layer {number + 1} have shape {array.shape}")
-                    pair.append(_from_numpy(array, self.dtype).to(self.device)[None])
+                    pair.append(from_numpy(array, self.dtype).to(self.device)[None])
                 layer.update(*pair)
             memory.cells.commit(0, len(positions))
             memory.cells.held = positions
@@ -248,7 +129,7 @@ class TorchEngine:
             raise ValueError("a memory can take one token a step")
         if len(steps) == 1 or self._rows_apart or not all(len(memory.cells.held) for memory in memories):
             return [memory.decode([token], position) for memory, token, position in steps]
-        with _out_of_memory():
+        with out_of_memory():
             caches = [memory.cells for memory in memories]
             if self._rows is None or not self._rows.fits(caches):
                 self._rows = None  # let go of the old batch before the new one is allocated
@@ -263,11 +144,10 @@ class TorchEngine:
                 seen[r, 0, :held] = cache.held < queries[r, 0]
                 seen[r, 0, held] = True
             out, _ = self.forward([[token] for _, token, _ in steps], queries, keys, seen, self._rows, logits=1)
-            assert out is not None
-            numbers = _floats(out[:, -1])
+            numbers = floats(out[:, -1])
         for r, (memory, _, position) in enumerate(steps):
             memory.cells.commit(position, 1)
-            memory._look_ahead(position + 1, out[r, -1].clone())
+            memory.look_ahead(position + 1, out[r, -1].clone())
         return [Output(logits=row) for row in numbers]
 
     def close(self) -> None:
@@ -281,13 +161,13 @@ class TorchEngine:
     def forward(
         self, tokens: Sequence[Sequence[int]], queries: Ints, keys: Ints, seen: Bools, cache: CellCache | CellRows,
         *, logits: int = 1, layer: int | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run tokens [rows, n] at positions `queries` [rows, n] over keys at positions `keys` [rows, k].
 
         seen: [rows, n, k], what the rule allows; sliding windows are added here.
         logits: for how many of the last tokens; 0 leaves the output matrix out.
         layer: whose hidden states to return (1-based).
-        Returns (logits [rows, logits, vocabulary] or None, hidden [rows, n, hidden_size] or None).
+        Returns (logits [rows, logits, vocabulary], hidden [rows, n, hidden_size] or None).
         """
         arguments = {
             "input_ids": torch.tensor(tokens, device=self.device),
@@ -300,7 +180,7 @@ class TorchEngine:
         with _listening(self.layers[layer - 1] if layer else None, found):
             if not logits:
                 self.model.base_model(**arguments)
-                return None, found[0] if found else None
+                return torch.empty(len(tokens), 0), found[0] if found else None
             if "logits_to_keep" in self._accepted:
                 arguments["logits_to_keep"] = logits
             out = self.model(**arguments).logits[:, -logits:]
@@ -356,16 +236,15 @@ class TorchEngine:
             got = memory.decode(tokens[4:], 4).logits
             cells = CellCache(self.config.num_hidden_layers)
             out, _ = self.forward([kept], apart, apart, np.tri(3, dtype=bool)[None], cells)
-            assert out is not None
-            wanted = _floats(out[0, -1])
+            wanted = floats(out[0, -1])
             self._shapes = [tuple((t.shape[1], t.shape[3]) for t in layer.held()) for layer in memory.cells.layers]
         except ModelError:
             raise ModelError(f"{self._what} has layers without attention cells, so nothing can be anchored.") from None
         except Exception as error:  # whatever a model's code may raise
-            raise ModelError(f"{self._what} cannot be run with a mask and positions of our own: {_line(error)}.") from None
+            raise ModelError(f"{self._what} cannot be run with our own mask and positions: {_line(error)}.") from None
         off = float(np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-6))
         if not off < (1e-3 if self.dtype == torch.float32 else 0.1):
-            raise ModelError(f"{self._what} does not follow 4-D masks and explicit positions, so it cannot be anchored.")
+            raise ModelError(f"{self._what} does not follow masks and positions of our own, so it cannot be anchored.")
         self._cell_bytes = memory.nbytes() // 3
 
     @property
@@ -384,75 +263,11 @@ class TorchEngine:
         )
 
 
-def fingerprint(model: Any) -> str:
-    """sha256 over the configuration and, of every tensor, its name, shape, first and middle 4 KiB."""
-    config = model.config.to_dict()
-    for volatile in ("_name_or_path", "transformers_version", "quantization_config", "use_cache"):
-        config.pop(volatile, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat, size = tensor.detach().reshape(-1), max(1, 4096 // tensor.element_size())
-        for first in (0, len(flat) // 2):
-            digest.update(flat[first : first + size].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _layer_kinds(config: Any) -> list[str]:
-    """The attention type of every layer. Raises ModelError for those that keep no cells or cut them otherwise."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        windowed = getattr(config, "sliding_window", None) is not None
-        kinds = [SLIDING if windowed else FULL] * config.num_hidden_layers
-        if getattr(config, "attention_chunk_size", None) is not None:
-            kinds = ["chunked_attention"]
-    strange = sorted(set(kinds) - {FULL, SLIDING})
-    if strange:
-        raise ModelError(
-            f"The model ({config.model_type}) has {', '.join(strange)} layers; anchors need full or sliding attention "
-            "in every layer."
-        )
-    return list(kinds)
-
-
-def _check_arguments(model: Any) -> frozenset[str]:
-    accepted = frozenset(inspect.signature(model.forward).parameters)
-    missing = [name for name in ("attention_mask", "position_ids", "past_key_values") if name not in accepted]
-    if missing:
-        raise ModelError(f"The model ({type(model).__name__}) takes no {' and no '.join(missing)}, so it cannot be anchored.")
-    return accepted
-
-
-def _decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
-    """The ModuleList of the decoder's layers: the first that is `count` long."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ModelError(f"The decoder layers of {type(model).__name__} were not found.")
-
-
-def _rope_types(config: Any) -> set[str]:
-    rope = getattr(config, "rope_parameters", None) or {}
-    groups = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return {str(group.get("rope_type", "default")) for group in groups}
-
-
 def _is_causal(mask: Bools, n: int) -> bool:
     """Whether [rows, n, k] is what attention does unasked: one token sees everything, a first text itself, causally."""
     if n == 1:
         return bool(mask.all())
     return mask.shape[1] == mask.shape[2] and bool((mask == np.tri(n, dtype=bool)).all())
-
-
-def _hidden_layer(needs: frozenset[str], layers: int) -> int | None:
-    """The layer that "hidden:<layer>" in `needs` names. Raises ModelError for needs this engine cannot meet."""
-    wanted = sorted(needs - {SURPRISE})
-    if not wanted:
-        return None
-    kind, _, number = wanted[0].partition(":")
-    if len(wanted) > 1 or kind != "hidden" or not number.isdigit() or not 1 <= int(number) <= layers:
-        raise ModelError(f"The model gives surprise and one hidden:<1..{layers}>, not {', '.join(wanted)}.")
-    return int(number)
 
 
 @contextmanager
@@ -470,41 +285,6 @@ def _listening(layer: nn.Module | None, found: list[torch.Tensor]) -> Iterator[N
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _out_of_memory() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA is one, the CPU allocator's has no type of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise CapacityError("There is no memory left for the cells: close other sessions or lower cell_budget.") from None
-
-
-def _nll(logits: torch.Tensor, tokens: Sequence[int]) -> Floats:
-    """-log p of `tokens` [n] under `logits` [n, vocabulary]."""
-    targets = torch.tensor(tokens, device=logits.device)
-    return _floats(nn.functional.cross_entropy(logits.float(), targets, reduction="none"))
-
-
-def _floats(tensor: torch.Tensor) -> Floats:
-    values: Floats = tensor.detach().float().cpu().numpy()
-    return values
-
-
-def _to_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    tensor = tensor.detach().cpu().contiguous()
-    array: npt.NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()
-    return array
-
-
-def _from_numpy(array: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    tensor = tensor.view(torch.bfloat16) if dtype == torch.bfloat16 and tensor.dtype == torch.uint16 else tensor
-    if tensor.dtype != dtype:
-        raise ValueError(f"its cells are stored as {array.dtype}")
-    return tensor
 
 
 def _line(error: Exception) -> str:

@@ -20,7 +20,7 @@ STEP = 64
 """Buffers grow to multiples of this many cells."""
 
 
-class CellLayer(CacheLayerMixin):
+class CellLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's buffers, keys and values [1, kv_heads, capacity, head_dim], of which the first `length` rows hold.
 
     An append writes behind the held rows and holds nothing until `CellCache.commit`: a forward that fails half-way
@@ -96,7 +96,7 @@ class CellLayer(CacheLayerMixin):
         return -1
 
 
-class CellCache(Cache):
+class CellCache(Cache):  # type: ignore[misc]
     """All layers of one memory. `held`: positions of the held rows, ascending, one for each physical row."""
 
     layers: list[CellLayer]
@@ -169,7 +169,7 @@ class _RowsLayer(CellLayer):
         return keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
 
 
-class CellRows(Cache):
+class CellRows(Cache):  # type: ignore[misc]
     """Several memories' cells in one padded batch, for one token each.
 
     The memories' own buffers become rows of the batch, so nothing is copied while the same memories step on together,
@@ -193,8 +193,8 @@ class CellRows(Cache):
             for r in range(len(caches))
         ]
         for cache, views in zip(caches, self._views, strict=True):
-            for layer, (keys, values) in zip(cache.layers, views, strict=True):
-                layer.keys, layer.values = keys, values
+            for own, (row_keys, row_values) in zip(cache.layers, views, strict=True):
+                own.keys, own.values = row_keys, row_values
 
     def fits(self, caches: Sequence[CellCache]) -> bool:
         """Whether exactly these memories still live here and each has room for one more cell."""

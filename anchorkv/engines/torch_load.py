@@ -14,10 +14,10 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from anchorkv.engines.torch_model import DTYPES
 from anchorkv.engines.torch_tokenizer import TorchTokenizer
 from anchorkv.errors import ConfigError, ModelError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
@@ -47,7 +47,7 @@ def load(
             )
         missing = sorted(found["missing_keys"])
         if missing:
-            raise ModelError(f"The model '{name}' is incomplete: {len(missing)} tensors such as {missing[0]} are missing.")
+            raise ModelError(f"The model '{name}' is incomplete: {missing[0]} and perhaps others are missing.")
         if "gguf_file" in options:
             _restore_pre_tokenizer(tokenizer, Path(source) / options["gguf_file"])
         if adapter is not None:
@@ -100,13 +100,14 @@ def _source(spec: str) -> tuple[str, dict[str, Any], str]:
 def _check_decoder(config: Any, name: str) -> None:
     """Refuse what is not a decoder-only language model."""
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"The model '{name}' ({config.model_type}) is an encoder-decoder; anchors need a decoder-only one.")
+        raise ModelError(f"The model '{name}' ({config.model_type}) is an encoder-decoder, not decoder-only.")
     decoder = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     architectures = config.architectures or [decoder]
     # BERT and its like have a decoder class too; what the weights were saved as decides.
     if decoder is None or not known.intersection(architectures):
-        raise ModelError(f"The model '{name}' ({', '.join(map(str, architectures))}) is not a decoder-only language model.")
+        kind = ", ".join(map(str, architectures))
+        raise ModelError(f"The model '{name}' ({kind}) is not a decoder-only language model.")
 
 
 def _with_adapter(model: Any, tokenizer: Any, adapter: str) -> tuple[Any, Any]:

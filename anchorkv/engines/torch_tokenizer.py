@@ -107,7 +107,7 @@ class TorchTokenizer:
         for last in (self.hf.pad_token_id, self.hf.unk_token_id, self.hf.eos_token_id):
             if last is not None:
                 return int(last)
-        raise ModelError("The tokenizer has no <AC> token and no control token to stand in for it: use EP or SEL anchors.")
+        raise ModelError("The tokenizer has no <AC> token and none to stand in for it: use EP or SEL anchors.")
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
