@@ -109,6 +109,12 @@ class LlamaEngine:
                 outputs[index] = Output(memory.last_logits)
         return [outputs[index] for index in range(len(steps))]
 
+    def merge(self, source: LlamaMemory, target: LlamaMemory) -> None:
+        """Hand the cells of `source` to `target` and close `source`."""
+        llama_cpp.llama_memory_seq_cp(self._kv, source.sequence, target.sequence, -1, -1)
+        target.held = np.union1d(target.held, source.held)
+        source.close()
+
     def close(self) -> None:
         if self._context is not None:
             llama_cpp.llama_free(self._context)
