@@ -5,7 +5,7 @@ import pytest
 
 from anchorkv.engines.base import SURPRISE, hidden_need
 from anchorkv.errors import ConfigError, ModelError
-from anchorkv.scorers import SCORERS, Endpoint, Frequency, Learned, Random, SegmentView, Surprise, scorer
+from anchorkv.scorers import SCORERS, Endpoint, Frequency, Landmarks, Learned, Random, SegmentView, Surprise, scorer
 
 PIECES = {1: b"", 5: b".", 6: b"\n\n", 300: b" the", 20000: b" whale", 40000: b" Ahab", 350: b"ing", 400: "鯨".encode()}
 
@@ -70,6 +70,12 @@ def test_frequency_prefers_the_rare_and_ignores_marks():
     assert scores[2] > scores[1] > scores[0] > 0
     assert (scores[3:] == 0).all()
     assert scores.max() <= 1
+
+
+def test_landmarks_are_the_end_and_the_rare():
+    scores = Landmarks().score(view([300, 20000, 40000, 5]))
+    assert np.argsort(-scores).tolist() == [3, 2, 1, 0]
+    assert scores[-1] >= 1 >= scores[:-1].max()
 
 
 def test_other_scripts_have_content():
