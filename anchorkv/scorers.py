@@ -95,6 +95,20 @@ class Frequency(Stateless):
         return rarity(segment) * has_content(segment)
 
 
+class Landmarks(Stateless):
+    """Rare tokens, and always the segment's last one: names and things, and the mark in which a sentence gathers.
+
+    Frequency's score, plus 1 for the last token. Needs nothing from the model.
+    """
+
+    name = "landmarks"
+
+    def score(self, segment: SegmentView) -> Floats:
+        scores = rarity(segment) * has_content(segment)
+        scores[-1:] += 1
+        return scores
+
+
 class Surprise(Stateless):
     """Tokens that the model itself did not expect first. Costs the output matrix for every token of the prompt."""
 
@@ -190,9 +204,10 @@ class Learned(Stateless):
 
 
 SCORERS: dict[str, Callable[[], Scorer]] = {
-    "default": Frequency,
+    "default": Landmarks,
     "endpoint": Endpoint,
     "frequency": Frequency,
+    "landmarks": Landmarks,
     "random": Random,
     "surprise": Surprise,
 }
