@@ -23,6 +23,8 @@ class AnchorConfig(BaseModel):
     * ``EP``  the segment's end token (AnLLM, arXiv 2402.07616, section 3.2)
     * ``AC``  `ac_tokens` added ``<AC>`` tokens end every segment (ibid.)
     * ``SEL`` the text's own tokens that `scorer` finds most useful, one in `reduction`
+
+    With none, only sinks, pinned spans and the recent window stay: "no memory", the lower yardstick.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,8 +47,6 @@ class AnchorConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not self.anchors:
-            raise ValueError("anchors is empty: name at least one of EP, AC, SEL")
         if len(set(self.anchors)) != len(self.anchors):
             raise ValueError("anchors names a kind twice")
         if self.max_segment < self.min_segment:
@@ -118,6 +118,8 @@ PRESETS: dict[str, AnchorConfig] = {
         anchors=("EP",), anchors_see_anchors=True, segments="fixed", min_segment=512, max_segment=512,
         recent_window=2**31, recall="off",
     ),
+    # The lower yardstick: what left the recent window leaves nothing behind (StreamingLLM, arXiv 2309.17453).
+    "no-memory": AnchorConfig(anchors=(), recall="off"),
     # SEL with the best scorer that needs no training; bounded, so any length passes through.
     "default": AnchorConfig(cell_budget=1024),
     # The paper: nothing but one anchor a sentence, w = 0, an anchor sees its own sentence alone.

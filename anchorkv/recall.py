@@ -85,7 +85,7 @@ class RecallPlan:
         candidates = sorted({*dropped, *session.recalled})
         if not candidates:
             return []
-        passages = [self._text(segment) for segment in candidates]
+        passages = [self.text_of(segment) for segment in candidates]
         scores = self.ranker.scores(passages, query)
         ceiling = self.ranker.ceiling(passages, query) if config.recall == "auto" else 0.0
         if not scores.any() or scores.max() < self.AUTO_SHARE * ceiling:
@@ -115,7 +115,8 @@ class RecallPlan:
         state = self.session.ledger.column("state")[self.session.ledger.span(segment)]
         return int(((state == State.DROPPED) | (state == State.RECALLED)).sum())
 
-    def _text(self, segment: int) -> str:
+    def text_of(self, segment: int) -> str:
+        """What `segment` says."""
         ledger = self.session.ledger
         span = ledger.span(segment)
         span = span[~ledger.column("added")[span]]

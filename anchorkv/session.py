@@ -24,14 +24,20 @@ from anchorkv.selection import RunningBudget
 from anchorkv.visibility import NEVER, Recalled, dense_mask, visible_from
 
 Progress = Callable[[int], None]
+Observer = Callable[[int, Output], None]
 HIDDEN = "hidden"
 
 
 class Session:
     """One stream over one engine memory. Not thread-safe; fork it to branch, close it to free its cells."""
 
-    def __init__(self, engine: Engine, config: AnchorConfig) -> None:
+    def __init__(
+        self, engine: Engine, config: AnchorConfig, *, observe: Observer | None = None,
+        observe_needs: frozenset[str] = frozenset(),
+    ) -> None:
+        """observe: called with the first position and the output of every decode, with `observe_needs` in it."""
         self.engine = engine
+        self.observe, self.observe_needs = observe, observe_needs
         self.config = config
         self.memory: Memory = engine.open()
         self.ledger = Ledger(config.recent_window)
@@ -122,12 +128,17 @@ class Session:
             tokens = self.ledger.tokens[first:last].tolist()
             visible, mask = self._sees(first, last)
             wanted = logits and last == stop
-            out = self.memory.decode(tokens, first, visible=visible, mask=mask, needs=needs, logits=wanted)
+            out = self.memory.decode(
+                tokens, first, visible=visible, mask=mask, needs=needs | self.observe_needs, logits=wanted
+            )
             self._pending_from = last
             self.logits = out.logits if wanted else None
-            for need, values in ((SURPRISE, out.surprise), (HIDDEN, out.hidden)):
-                if values is not None:
-                    self._features.setdefault(need, []).append(values)
+            if needs:
+                for need, values in ((SURPRISE, out.surprise), (HIDDEN, out.hidden)):
+                    if values is not None:
+                        self._features.setdefault(need, []).append(values)
+            if self.observe:
+                self.observe(first, out)
         self.peak_cells = max(self.peak_cells, self._held_cells())
         self._free()
 
@@ -162,7 +173,7 @@ class Session:
     def begin_step(self, token: int) -> bool:
         """Enter one token for a joint decode. False: it needed a decode of its own and has been read already."""
         needs = self.scorer.needs if self.scorer else frozenset()
-        alone = self.config.isolated or bool(needs - {SURPRISE}) or self._pending_from < len(self.ledger)
+        alone = self.config.isolated or bool(self.observe) or bool(needs - {SURPRISE}) or self._pending_from < len(self.ledger)
         if alone:
             self.read([token])
             return False
@@ -256,8 +267,9 @@ class Session:
         keys = self.memory.positions()
         if not len(keys):
             return
-        # Tokens entered but not computed yet are queries still to come: what they see must stay.
-        segment = self.current
+        # A segment whose anchors are still to be chosen stays; and tokens entered but not computed yet are queries
+        # still to come: what they see must stay.
+        segment = min(self.current, self._left + self.config.recent_window)
         if self._pending_from < len(self.ledger):
             segment = int(self.ledger.column("segment")[self._pending_from])
         unseen = keys[~visible_from(self.ledger.layout(), segment, keys)]

@@ -18,7 +18,6 @@ from anchorkv.errors import ConfigError
         ({"reduction": -3}, "reduction"),
         ({"sinks": -1}, "sinks"),
         ({"recent_window": -1}, "recent_window"),
-        ({"anchors": ()}, "name at least one"),
         ({"anchors": ("EP", "EP")}, "twice"),
         ({"anchors": ("XX",)}, "anchors"),
         ({"min_segment": 30, "max_segment": 20}, "smaller than min_segment"),

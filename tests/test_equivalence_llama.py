@@ -11,34 +11,14 @@ import numpy as np
 import pytest
 import tiny_gguf
 from numpy.typing import NDArray
+from policies import POLICIES, TEXT, chunks
 
-from anchorkv.config import AnchorConfig, preset
+from anchorkv.config import preset
+from anchorkv.decode import step_together
 from anchorkv.engines.llama import LlamaEngine
 from anchorkv.ledger import Ledger, State
 from anchorkv.session import Session
 from anchorkv.visibility import dense_mask
-
-POLICIES = {
-    "paper-ep": preset("paper-ep"),
-    "paper-ac": preset("paper-ac"),
-    "ac-3-sinks": AnchorConfig(anchors=("AC",), ac_tokens=3, sinks=3, recent_window=0, min_segment=4, recall="off"),
-    "ac-2-see": AnchorConfig(anchors=("AC",), ac_tokens=2, anchors_see_anchors=True, recent_window=2, max_segment=24),
-    "ep-see-recent": AnchorConfig(anchors=("EP",), anchors_see_anchors=True, sinks=2, recent_window=1, max_segment=20),
-    "sel": AnchorConfig(reduction=4, recent_window=1, max_segment=24, scorer="frequency"),
-    "sel-nothing-recent": AnchorConfig(reduction=4, recent_window=0, sinks=0, max_segment=24, scorer="frequency"),
-    "sel-surprise": AnchorConfig(reduction=4, recent_window=1, max_segment=24, scorer="surprise"),
-    "ep-and-sel": AnchorConfig(anchors=("EP", "SEL"), reduction=6, recent_window=1, max_segment=24, scorer="frequency"),
-    "ep-sel-ac": AnchorConfig(anchors=("EP", "SEL", "AC"), reduction=5, recent_window=0, scorer="frequency"),
-    "budget": AnchorConfig(reduction=3, recent_window=1, max_segment=16, min_segment=4, cell_budget=48, scorer="frequency"),
-    "sepllm": preset("sepllm"),
-    "fixed": AnchorConfig(anchors=("EP",), segments="fixed", max_segment=16, recent_window=1),
-    "full": preset("full"),
-}
-TEXT = (
-    "It was late. The ship, grey and slow, came in at 3.14 knots! Dr. Brown stood there; nobody spoke.\n\n"
-    "# Orders\n- one rope\n- two lamps\n「もう遅い。」と言った。 The end? Not yet: they waited, and waited, and then it rained. "
-)
-
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaEngine]:
@@ -49,15 +29,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaEngine]:
 
 def expected(ledger: Ledger) -> NDArray[np.float64]:
     return tiny_gguf.reference(tiny_gguf.weights(), ledger.tokens, dense_mask(ledger.layout()))
-
-
-def chunks(count: int, how: str) -> list[slice]:
-    random = np.random.default_rng(count)
-    cuts = {
-        "whole": [], "token": list(range(1, count)),
-        "chunks": sorted(set(random.integers(1, count, size=9).tolist())),
-    }[how]
-    return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
 
 
 @pytest.mark.parametrize("how", ["whole", "chunks", "token"])
@@ -134,3 +105,19 @@ def test_the_context_grows_and_keeps_its_cells(tmp_path_factory: pytest.TempPath
         assert session.logits is not None
         assert tiny_gguf.kl(expected(session.ledger)[-1:], session.logits[None]).max() <= 1e-3
     engine.close()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_sessions_in_one_batch_equal_each_alone(engine: LlamaEngine, name: str) -> None:
+    tokens = engine.tokenizer.encode(TEXT)
+    starts = [30, 55, 12]
+    sessions = [Session(engine, POLICIES[name]) for _ in starts]
+    for session, start in zip(sessions, starts, strict=True):
+        session.read(tokens[:start])
+    for step in range(40):
+        step_together(sessions, [tokens[start + step] for start in starts])
+    for session in sessions:
+        assert session.logits is not None
+        assert tiny_gguf.kl(expected(session.ledger)[-1:], session.logits[None]).max() <= 1e-2
+        assert session.memory.positions().tolist() == np.flatnonzero(session.ledger.held()).tolist()
+        session.close()

@@ -91,7 +91,7 @@ class TorchEngine:
         """The memory that `TorchMemory.state` described. Raises SavedStateError when it does not fit this model."""
         try:
             positions = np.asarray(state["positions"], dtype=np.int64)
-            weights = str(state["dtype"])
+            weights = np.asarray(state["dtype"], dtype=np.uint8).tobytes().decode()
             if positions.ndim != 1 or (np.diff(positions) <= 0).any():
                 raise ValueError("its positions are not ascending")
             if weights != self.info.weights:

@@ -126,7 +126,7 @@ class TorchMemory:
         """positions [m] int64; dtype; keys.<layer>, values.<layer> [kv_heads, m, head_dim] (bf16 as uint16 bits);
         ahead.position and ahead.logits [vocabulary] when known."""
         state: dict[str, npt.NDArray[Any]] = {
-            "positions": self.positions(), "dtype": np.array(self.engine.info.weights)
+            "positions": self.positions(), "dtype": np.frombuffer(self.engine.info.weights.encode(), dtype=np.uint8)
         }
         if len(self.cells.held):
             for number, layer in enumerate(self.cells.layers):
