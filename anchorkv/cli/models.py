@@ -44,7 +44,8 @@ def _print(entries: list[Entry]) -> None:
         if entry.problem and not entry.layers:
             continue  # nothing is known of it; the sentence below says why
         table.add_row(
-            Text(entry.name), Text(entry.architecture), f"{entry.weights} {size(entry.weight_bytes)}" if entry.weight_bytes else "–",
+            Text(entry.name), Text(entry.architecture),
+            f"{entry.weights} {size(entry.weight_bytes)}" if entry.weight_bytes else "–",
             count(entry.layers) if entry.layers else "–", count(entry.window) if entry.window else "–",
             size(entry.cell_bytes) if entry.cell_bytes else "–", size(entry.full_bytes) if entry.full_bytes else "–",
             ", ".join(entry.engines) or "–",
