@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from anchorkv.engines.torch_model import DTYPES
 from anchorkv.engines.torch_tokenizer import TorchTokenizer
 from anchorkv.errors import ConfigError, ModelError
+from anchorkv.ggufheader import read_header
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
@@ -85,6 +86,7 @@ def _source(spec: str) -> tuple[str, dict[str, Any], str]:
             magic = file.read(4)
         if magic != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file; give a GGUF file, a model folder or a hub id.")
+        read_header(path)  # finds a truncated file at once, before anything is converted
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}, path.stem
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -133,10 +135,7 @@ def _restore_pre_tokenizer(tokenizer: Any, path: Path) -> None:
     transformers reads a GPT-2 vocabulary from GGUF but not `tokenizer.ggml.pre`, so that SmolLM's "\\n\\n1" would be
     cut otherwise than in training: its kind takes every digit apart first.
     """
-    from gguf import GGUFReader
-
-    field = GGUFReader(str(path)).fields.get("tokenizer.ggml.pre")
-    kind = str(field.contents()) if field is not None else ""
+    kind = read_header(path).fields.get("tokenizer.ggml.pre")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return
