@@ -162,7 +162,8 @@ class Document:
 
     def save(self, path: str | Path) -> None:
         """Write the kept cells, the ledger and the policy to one file. Raises SavedStateError if it cannot."""
-        save_session(self.session, path, extra={"kind": "document", "title": self.title, "reading": asdict(self.reading)})
+        extra = {"kind": "document", "title": self.title, "reading": asdict(self.reading)}
+        save_session(self.session, path, extra)
 
     @classmethod
     def open(cls, engine: Engine, path: str | Path, ranker: Ranker | None = None) -> Document:

@@ -1,4 +1,4 @@
-"""What is kept, dropped, pinned, recalled, since when and why: every token's state, and every change with its reason."""
+"""What is kept, dropped, pinned, recalled, and why: every token's state, every change with its reason."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Accounting:
-    """Cells and bytes, from the engine's own structures; `full_*` is what the same stream takes with nothing dropped."""
+    """Cells and bytes, as the engine counts them; `full_*`: what the same stream takes with nothing dropped."""
 
     kept_cells: int
     peak_cells: int
@@ -126,7 +126,8 @@ class Ledger:
 
     def dropped_segments(self) -> list[int]:
         """Segments that have dropped tokens now, ascending."""
-        return np.unique(self.column("segment")[self.column("state") == State.DROPPED]).tolist()
+        numbers: list[int] = np.unique(self.column("segment")[self.column("state") == State.DROPPED]).tolist()
+        return numbers
 
     def reasons(self, segment: int) -> Iterator[Change]:
         """Every change of `segment`, oldest first."""

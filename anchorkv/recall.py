@@ -16,9 +16,11 @@ from anchorkv.session import Session
 _WORD = re.compile(r"[^\W\u3040-\u30ff\u4e00-\u9fff]+|[\u3040-\u30ff\u4e00-\u9fff]+")
 _CJK = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 _STOP_WORDS = frozenset(
-    "a an and are as at be been by did do does for from had has have he her his how i in is it its many much of on or "
-    "s she that the their there they this to was we were what when where which who whom whose why will with you your "
-    "according document say says text about tell me".split()
+    (
+        "a an and are as at be been by did do does for from had has have he her his how i in is it its many much of "
+        "on or s she that the their there they this to was we were what when where which who whom whose why will "
+        "with you your according document say says text about tell me"
+    ).split()
 )
 
 

@@ -1,4 +1,4 @@
-"""A session as one file: the engine's cells, the ledger, the policy, whose model it is, and a checksum (safetensors)."""
+"""A session as one safetensors file: the engine's cells, the ledger, the policy, whose model it is, a checksum."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def open_session(engine: Engine, path: str | Path) -> tuple[Session, dict[str, A
     header, arrays = _read(Path(path))
     if header.get("version") != VERSION:
         raise SavedStateError(
-            f"{path} was written in format {header.get('version')}, this program reads {VERSION}; read the document again."
+            f"{path} was written in format {header.get('version')}, this program reads {VERSION}; "
+            "read the document again."
         )
     if header["fingerprint"] != engine.info.fingerprint or header["engine"] != engine.name:
         raise SavedStateError(
@@ -80,7 +81,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Arrays]:
     if text is None:
         raise SavedStateError(f"{path} is a safetensors file, but not a document that anchorkv saved.")
     if metadata.get("sha256") != _checksum(text, arrays):
-        raise SavedStateError(f"{path} was altered or damaged after it was saved (checksum differs); read the document again.")
+        raise SavedStateError(f"{path} was altered after it was saved (checksum differs); read the document again.")
     header = json.loads(text)
     return header, arrays
 

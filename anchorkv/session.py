@@ -8,6 +8,7 @@ recent window, the scorer says which of its tokens stay (`scorers.py`, `selectio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -152,7 +153,7 @@ class Session:
             return [(start, stop)]
         blind = self.ledger.column("blind")[start:stop]
         cuts = [0, *(np.flatnonzero(np.diff(blind)) + 1).tolist(), stop - start]
-        return [(start + a, start + b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [(start + a, start + b) for a, b in pairwise(cuts)]
 
     def _sees(self, first: int, last: int) -> tuple[Ints | None, Bools | None]:
         """(visible, mask) for one decode, as Memory.decode takes them."""
@@ -173,8 +174,8 @@ class Session:
     def begin_step(self, token: int) -> bool:
         """Enter one token for a joint decode. False: it needed a decode of its own and has been read already."""
         needs = self.scorer.needs if self.scorer else frozenset()
-        alone = self.config.isolated or bool(self.observe) or bool(needs - {SURPRISE}) or self._pending_from < len(self.ledger)
-        if alone:
+        alone = self.config.isolated or self.observe or needs - {SURPRISE}
+        if alone or self._pending_from < len(self.ledger):
             self.read([token])
             return False
         if SURPRISE in needs:

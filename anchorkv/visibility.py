@@ -96,7 +96,8 @@ def visible_from(layout: Layout, segment: int, keys: Ints) -> Bools:
         keys[None, :], layout.segment[keys][None, :], layout.anchor[keys][None, :], layout.always[keys][None, :],
         layout.evicted[keys][None, :], layout.recalled(q, keys), layout.window,
     )
-    return seen[0]
+    first: Bools = seen[0]
+    return first
 
 
 def flex_mask_mod(layout: Layout, device: Any = "cpu") -> Callable[[Any, Any, Any, Any], Any]:

@@ -292,7 +292,8 @@ def _version(name: str) -> str:
 
 def show(rows: Sequence[Row], memory: dict[str, Any] | None) -> None:
     table = Table(title="anchored / full cache, side by side")
-    for heading in ("engine", "policy", "context", "prefill t/s", "ratio", "decode t/s", "ratio", "kept", "peak", "full"):
+    headings = "engine,policy,context,prefill t/s,ratio,decode t/s,ratio,kept,peak,full"
+    for heading in headings.split(","):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(

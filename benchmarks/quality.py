@@ -3,8 +3,8 @@
     python benchmarks/quality.py                              # the shipped example document
     python benchmarks/quality.py --data ../shared/data        # pg19.test books, and SQuAD among ten passages
 
-Context recovered = (ppl no memory - ppl anchored) / (ppl no memory - ppl full cache), same weights, same tokens, through
-the engine that users run (nothing is masked: the cells are gone). Writes results/quality.json.
+Context recovered = (ppl no memory - ppl anchored) / (ppl no memory - ppl full cache), same weights, same tokens,
+through the engine that users run (nothing is masked: the cells are gone). Writes results/quality.json.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def answer_losses(engine: Engine, data: Path, count: int) -> list[dict[str, Any]
     return [
         {
             "policy": name, "answer_loss": float(np.mean(values)),
-            "stderr": float(np.std(values, ddof=1) / np.sqrt(len(values))), "ratio": float(np.mean(values) / full.mean()),
+            "stderr": float(np.std(values, ddof=1) / np.sqrt(len(values))),
+            "ratio": float(np.mean(values) / full.mean()),
             "answer_recalled": float(np.mean(hit[name])), "questions": len(values),
         }
         for name, values in found.items()

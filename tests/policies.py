@@ -17,14 +17,17 @@ POLICIES = {
     "sel-surprise": AnchorConfig(reduction=4, recent_window=1, max_segment=24, scorer="surprise"),
     "ep-and-sel": AnchorConfig(anchors=("EP", "SEL"), reduction=6, recent_window=1, max_segment=24, scorer="frequency"),
     "ep-sel-ac": AnchorConfig(anchors=("EP", "SEL", "AC"), reduction=5, recent_window=0, scorer="frequency"),
-    "budget": AnchorConfig(reduction=3, recent_window=1, max_segment=16, min_segment=4, cell_budget=48, scorer="frequency"),
+    "budget": AnchorConfig(
+        reduction=3, recent_window=1, max_segment=16, min_segment=4, cell_budget=48, scorer="frequency"
+    ),
     "sepllm": preset("sepllm"),
     "fixed": AnchorConfig(anchors=("EP",), segments="fixed", max_segment=16, recent_window=1),
     "full": preset("full"),
 }
 TEXT = (
     "It was late. The ship, grey and slow, came in at 3.14 knots! Dr. Brown stood there; nobody spoke.\n\n"
-    "# Orders\n- one rope\n- two lamps\n「もう遅い。」と言った。 The end? Not yet: they waited, and waited, and then it rained. "
+    "# Orders\n- one rope\n- two lamps\n「もう遅い。」と言った。 The end? Not yet: they waited, and waited, "
+    "and then it rained. "
 )
 
 

@@ -20,6 +20,7 @@ from anchorkv.ledger import Ledger, State
 from anchorkv.session import Session
 from anchorkv.visibility import dense_mask
 
+
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaEngine]:
     engine = LlamaEngine.load(tiny_gguf.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf"), threads=1, cells=256)
@@ -96,7 +97,8 @@ def test_forks_do_not_touch_each_other(engine: LlamaEngine) -> None:
 
 
 def test_the_context_grows_and_keeps_its_cells(tmp_path_factory: pytest.TempPathFactory) -> None:
-    engine = LlamaEngine.load(tiny_gguf.write(tmp_path_factory.mktemp("gguf") / "t.gguf"), threads=1, cells=256, batch=64)
+    path = tiny_gguf.write(tmp_path_factory.mktemp("gguf") / "t.gguf")
+    engine = LlamaEngine.load(path, threads=1, cells=256, batch=64)
     tokens = engine.tokenizer.encode(TEXT * 3)
     with Session(engine, preset("full")) as session, session.fork() as twin:
         session.read(tokens)

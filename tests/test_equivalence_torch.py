@@ -33,7 +33,8 @@ def expected(engine: TorchEngine, session: Session) -> Any:
     additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     ids = torch.from_numpy(session.ledger.tokens.copy())[None]
     with torch.inference_mode():
-        return engine.model(ids, attention_mask=additive, position_ids=torch.arange(ids.shape[1])[None]).logits[0].numpy()
+        positions = torch.arange(ids.shape[1])[None]
+        return engine.model(ids, attention_mask=additive, position_ids=positions).logits[0].numpy()
 
 
 @pytest.mark.parametrize("how", ["whole", "chunks", "token"])

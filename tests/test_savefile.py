@@ -18,7 +18,7 @@ from anchorkv.errors import SavedStateError
 from anchorkv.savefile import open_session, save_session
 from anchorkv.session import Session
 
-TEXT = "The mill stood by the river. It had two wheels; one was broken. Anna Weber bought it in 1911 for 300 crowns. " * 3
+TEXT = "The mill stood by the river. It had two wheels; one was broken. Anna Weber bought it in 1911 for 30 crowns. " * 3
 POLICIES = [
     AnchorConfig(reduction=4, scorer="frequency", max_segment=24),
     AnchorConfig(reduction=4, scorer="surprise", max_segment=24),
@@ -34,7 +34,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaEngine]:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=["sel", "surprise", "ep-ac"])
-def test_a_session_goes_on_in_another_engine_as_if_never_saved(engine: LlamaEngine, policy: AnchorConfig, tmp_path: Path) -> None:
+def test_a_session_goes_on_in_another_engine_as_if_never_saved(
+    engine: LlamaEngine, policy: AnchorConfig, tmp_path: Path
+) -> None:
     path = tmp_path / "s.anchors"
     tokens = engine.tokenizer.encode(TEXT)
     with Session(engine, policy) as session:
@@ -87,7 +89,9 @@ def test_a_missing_file_is_refused(engine: LlamaEngine, tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_change_of_the_file_is_refused(engine: LlamaEngine, saved: bytes, tmp_path: Path, data: st.DataObject) -> None:
+def test_any_change_of_the_file_is_refused(
+    engine: LlamaEngine, saved: bytes, tmp_path: Path, data: st.DataObject
+) -> None:
     kind = data.draw(st.sampled_from(["cut", "flip", "noise"]))
     at = data.draw(st.integers(0, len(saved) - 1))
     changed = {

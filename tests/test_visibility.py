@@ -62,7 +62,8 @@ def test_what_may_be_freed_is_what_no_later_query_sees(layout: Layout, segment: 
     recalled_now = layout.recalled(np.asarray([len(layout)]), keys)[0]
     for index, j in enumerate(keys):
         ever = any(
-            (layout.anchor[j] and later < layout.evicted[j]) or layout.always[j] or later - layout.segment[j] <= layout.window
+            (layout.anchor[j] and later < layout.evicted[j]) or layout.always[j]
+            or later - layout.segment[j] <= layout.window
             for later in range(segment, segment + 8)
         )
         assert free[index] == (not ever and not recalled_now[index])

@@ -1,6 +1,6 @@
 """A tiny random Llama as a GGUF file, with a byte-level tokenizer, and numpy's own reading of the same weights.
 
-`reference` is a brute-force forward of the Llama architecture in float64: nothing of the package's own engines is in it.
+`reference` is a brute-force forward of the Llama architecture in float64, apart from the package's own engines.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 VOCABULARY, HIDDEN, HEADS, KV_HEADS, HEAD, INNER, LAYERS = 264, 64, 4, 2, 16, 96, 2
-CONTROL = {256: "<bos>", 257: "<eos>", 258: "<|im_start|>", 259: "<|im_end|>", 260: "<AC>", 261: "<a>", 262: "<b>", 263: "<c>"}
+CONTROL = dict(enumerate(("<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<AC>", "<a>", "<b>", "<c>"), start=256))
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -26,7 +26,8 @@ def weights(seed: int = 0) -> Weights:
     def matrix(rows: int, columns: int, scale: float = 1.0) -> NDArray[np.float32]:
         return (random.standard_normal((rows, columns)) * scale / np.sqrt(columns)).astype(np.float32)
 
-    tensors: Weights = {"token_embd.weight": matrix(VOCABULARY, HIDDEN, 8), "output_norm.weight": np.ones(HIDDEN, np.float32)}
+    tensors: Weights = {"token_embd.weight": matrix(VOCABULARY, HIDDEN, 8)}
+    tensors["output_norm.weight"] = np.ones(HIDDEN, np.float32)
     tensors["output.weight"] = matrix(VOCABULARY, HIDDEN, 2)
     for layer in range(LAYERS):
         prefix = f"blk.{layer}."

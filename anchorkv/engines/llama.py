@@ -20,7 +20,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from anchorkv.engines.base import SURPRISE, Bools, Floats, Ints, ModelInfo, Output
+from anchorkv.engines.base import SURPRISE, Bools, Floats, Ints, ModelInfo, Output, Tokenizer
 from anchorkv.engines.llama_file import describe, fast_copy, open_model
 from anchorkv.engines.llama_vocab import LlamaTokenizer
 from anchorkv.errors import CapacityError, ModelError, SavedStateError
@@ -61,10 +61,12 @@ class LlamaEngine:
         self._free_sequences = list(range(sessions + _FIRST - 1, _FIRST - 1, -1))
         self.info: ModelInfo = describe(self._model, path, self._measure_cell())
         template = llama_cpp.llama_model_chat_template(self._model, None)
-        self.tokenizer = LlamaTokenizer(self._model, template.decode() if template else None)
+        self.tokenizer: Tokenizer = LlamaTokenizer(self._model, template.decode() if template else None)
 
     @classmethod
-    def load(cls, path: str | Path, *, threads: int | None = None, weights: str = "fast", **options: Any) -> LlamaEngine:
+    def load(
+        cls, path: str | Path, *, threads: int | None = None, weights: str = "fast", **options: Any
+    ) -> LlamaEngine:
         """weights: "fast" reads a file whose quantisation llama.cpp runs slowly from a cached Q8_0 copy (see
         docs/performance.md), "as-is" never does."""
         path = Path(path)
@@ -95,7 +97,7 @@ class LlamaEngine:
     def decode_together(self, steps: Sequence[tuple[Any, int, int]]) -> list[Output]:
         """One token for each memory in one batch; a memory whose past was thinned up to its end goes alone."""
         outputs: dict[int, Output] = {}
-        joint = []
+        joint: list[tuple[int, LlamaMemory, int, int]] = []
         for index, (memory, token, position) in enumerate(steps):
             if memory.continues_at(position) and len(joint) < self.batch:
                 joint.append((index, memory, token, position))
@@ -181,11 +183,11 @@ class LlamaEngine:
 
     def _logits(self, row: int) -> Floats:
         pointer = llama_cpp.llama_get_logits_ith(self._context, row)
-        return np.ctypeslib.as_array(pointer, (self.tokenizer.size,)).copy()
+        return np.ctypeslib.as_array(pointer, (self.info.vocabulary,)).copy()
 
     def _all_logits(self, rows: int) -> Floats:
-        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (rows * self.tokenizer.size,)).reshape(
-            rows, self.tokenizer.size
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (rows * self.info.vocabulary,)).reshape(
+            rows, self.info.vocabulary
         )
 
     def _take_sequence(self) -> int:
@@ -217,7 +219,7 @@ class LlamaEngine:
         buffer = (ctypes.c_uint8 * size)()
         if llama_cpp.llama_state_seq_get_data(self._context, buffer, size, sequence) != size:
             raise ModelError("llama.cpp could not give out the cells of a sequence.")
-        return np.frombuffer(buffer, dtype=np.uint8)
+        return np.frombuffer(bytes(buffer), dtype=np.uint8)
 
     def _alias(self, sequence: int, position: int, at: int) -> None:
         """In `sequence`, show the cell of `position` under the position `at`, its keys as they are."""
@@ -226,7 +228,7 @@ class LlamaEngine:
         blob = self._state_blob(_ALIAS).copy()
         header = blob[: _HEADER.itemsize].view(_HEADER)[0]
         if header["streams"] != 1 or header["cells"] != 1 or header["position"] != position:
-            raise ModelError("This llama.cpp keeps its sequence state in another form; install llama-cpp-python 0.3.36.")
+            raise ModelError("This llama.cpp keeps sequence states in another form; install llama-cpp-python 0.3.36.")
         blob[: _HEADER.itemsize].view(_HEADER)["position"] = at
         llama_cpp.llama_memory_seq_rm(kv, _ALIAS, -1, -1)
         llama_cpp.llama_memory_seq_rm(kv, sequence, position, position + 1)

@@ -25,7 +25,7 @@ _COPY_LIMIT = 1 << 30
 """Bytes; larger files are read as they are, for a Q8_0 copy takes twice the memory."""
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _silent(level: int, text: bytes, data: Any) -> None:
     """llama.cpp's own log lines are not for the user's terminal."""
 
@@ -45,7 +45,7 @@ def open_model(path: Path, gpu_layers: int = -1) -> Any:
     params.n_gpu_layers = gpu_layers if gpu_layers >= 0 else 999
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
     if not model:
-        raise ModelError(f"{path} cannot be loaded: it is truncated, damaged, or of a kind this llama.cpp does not know.")
+        raise ModelError(f"{path} cannot be loaded: it is truncated, damaged, or of a kind unknown to this llama.cpp.")
     problem = None
     if llama_cpp.llama_model_has_encoder(model) or not llama_cpp.llama_model_has_decoder(model):
         problem = "is not a decoder-only model"

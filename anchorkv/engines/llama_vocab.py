@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -13,7 +12,7 @@ import llama_cpp
 
 from anchorkv.errors import ModelError
 
-_PREFERRED_ANCHORS = ("<AC>", "<|reserved", "<unused", "<reserved", "<extra_id", "<filename>", "<repo_name>", "<gh_stars>")
+_PREFERRED_ANCHORS = ("<|reserved", "<unused", "<reserved", "<extra_id", "<filename>", "<repo_name>", "<gh_stars>")
 
 
 class LlamaTokenizer:
@@ -26,7 +25,8 @@ class LlamaTokenizer:
             raise ModelError("The GGUF file holds no tokenizer; use one that does.")
         self.eos_ids = frozenset(t for t in range(self.size) if llama_cpp.llama_vocab_is_eog(self._vocab, t))
         self._template = template
-        self.piece = lru_cache(maxsize=None)(self._piece)
+        self._anchor: int | None = None
+        self._pieces: dict[int, bytes] = {}
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`, nothing added at its ends."""
@@ -38,10 +38,12 @@ class LlamaTokenizer:
             raise ModelError("llama.cpp could not tokenize the text.")
         return list(buffer[:count])
 
-    def _piece(self, token: int) -> bytes:
-        if self._is_control(token):
-            return b""
-        return self._raw(token, special=False)
+    def piece(self, token: int) -> bytes:
+        """The token's bytes; b"" for control tokens."""
+        found = self._pieces.get(token)
+        if found is None:
+            found = self._pieces[token] = b"" if self._is_control(token) else self._raw(token, special=False)
+        return found
 
     def _raw(self, token: int, special: bool) -> bytes:
         room = 256
@@ -84,24 +86,24 @@ class LlamaTokenizer:
 
     def anchor_id(self) -> int:
         """<AC> where the vocabulary has it, else a control token that never occurs in text."""
-        return _anchor_id(self)
+        if self._anchor is None:
+            self._anchor = self._find_anchor()
+        return self._anchor
+
+    def _find_anchor(self) -> int:
+        exact = self.encode("<AC>", special=True)
+        if len(exact) == 1:
+            return exact[0]
+        free = {text: token for text, token in self.control_tokens().items() if token not in self.eos_ids}
+        for wanted in _PREFERRED_ANCHORS:
+            for text, token in free.items():
+                if text.startswith(wanted):
+                    return token
+        raise ModelError("The model's vocabulary has no unused control token to serve as <AC>; use EP or SEL anchors.")
 
     def control_tokens(self) -> dict[str, int]:
         """Every control token by its text."""
         return {self._special_text(token): token for token in range(self.size) if self._is_control(token)}
-
-
-@lru_cache(maxsize=8)
-def _anchor_id(tokenizer: LlamaTokenizer) -> int:
-    exact = tokenizer.encode("<AC>", special=True)
-    if len(exact) == 1:
-        return exact[0]
-    free = {text: token for text, token in tokenizer.control_tokens().items() if token not in tokenizer.eos_ids}
-    for wanted in _PREFERRED_ANCHORS:
-        for text, token in free.items():
-            if text.startswith(wanted):
-                return token
-    raise ModelError("The model's vocabulary has no unused control token to serve as <AC>; use EP or SEL anchors.")
 
 
 def _raise(message: str) -> None:
