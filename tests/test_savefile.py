@@ -18,7 +18,7 @@ from anchorkv.errors import SavedStateError
 from anchorkv.savefile import open_session, save_session
 from anchorkv.session import Session
 
-TEXT = "The mill stood by the river. It had two wheels; one was broken. Anna Weber bought it in 1911 for 30 crowns. " * 3
+TEXT = "The mill stood by the river. It had two wheels; one was broken. Anna Weber bought it in 1911 for 9 crowns. " * 3
 POLICIES = [
     AnchorConfig(reduction=4, scorer="frequency", max_segment=24),
     AnchorConfig(reduction=4, scorer="surprise", max_segment=24),
