@@ -52,6 +52,7 @@ class Session:
         self.peak_cells = 0
         self._pending_from = 0
         self._left = 0  # segments below this one have left the recent window
+        self._stale = False  # something may have become invisible since cells were last freed
         self._features: dict[str, list[npt.NDArray[np.float32]]] = {}
         self._features_from = 0
         self._recalled: dict[int, Ints] = {}  # segment -> positions that a recall brought back
@@ -140,7 +141,7 @@ class Session:
                         self._features.setdefault(need, []).append(values)
             if self.observe:
                 self.observe(first, out)
-        self.peak_cells = max(self.peak_cells, self._held_cells())
+        self.peak_cells = max(self.peak_cells, len(self.memory.positions()))
         self._free()
 
     def _runs(self, start: int, stop: int) -> list[tuple[int, int]]:
@@ -188,7 +189,7 @@ class Session:
         """Take what the joint decode gave for the token that `begin_step` entered."""
         self._pending_from = len(self.ledger)
         self.logits = out.logits
-        self.peak_cells = max(self.peak_cells, self._held_cells())
+        self.peak_cells = max(self.peak_cells, len(self.memory.positions()))
         if self.segmenter.push(int(self.ledger.tokens[-1])):
             self._close_segment()
             self._compute()
@@ -208,6 +209,7 @@ class Session:
             self.ledger.mark(gone, State.DROPPED, self._why_dropped())
         if leaving:
             self._evict()
+            self._stale = True
         self._free()
 
     def _why_dropped(self) -> str:
@@ -265,14 +267,16 @@ class Session:
 
     def _free(self) -> None:
         """Free every held cell that no later query can see."""
-        keys = self.memory.positions()
-        if not len(keys):
+        if not self._stale:
             return
+        keys = self.memory.positions()
         # A segment whose anchors are still to be chosen stays; and tokens entered but not computed yet are queries
         # still to come: what they see must stay.
         segment = min(self.current, self._left + self.config.recent_window)
         if self._pending_from < len(self.ledger):
             segment = int(self.ledger.column("segment")[self._pending_from])
+        else:
+            self._stale = False
         unseen = keys[~visible_from(self.ledger.layout(), segment, keys)]
         if len(unseen):
             self.memory.drop(unseen)
@@ -302,7 +306,7 @@ class Session:
         kind = "exact" if self.config.recent_window == 0 and not gone else "approximate"
         self.ledger.mark(lost, State.RECALLED, f"{reason} ({kind})")
         self._recalled[segment] = lost
-        self.peak_cells = max(self.peak_cells, self._held_cells())
+        self.peak_cells = max(self.peak_cells, len(self.memory.positions()))
         return True
 
     def release(self, segment: int, reason: str = "recall ended") -> None:
@@ -315,6 +319,7 @@ class Session:
             for r in self.ledger.recalls
         ]
         self.ledger.mark(lost, State.DROPPED, reason)
+        self._stale = True
         self._free()
 
     @property
@@ -394,13 +399,9 @@ class Session:
         """Cells and bytes now, at the peak, and for a full cache of the same text."""
         cell, full = self.engine.info.cell_bytes, self.ledger.real_tokens()
         return Accounting(
-            kept_cells=self._held_cells(), peak_cells=self.peak_cells, full_cells=full,
+            kept_cells=self.memory.nbytes() // cell, peak_cells=self.peak_cells, full_cells=full,
             kept_bytes=self.memory.nbytes(), peak_bytes=self.peak_cells * cell, full_bytes=full * cell,
         )
-
-    def _held_cells(self) -> int:
-        """Cells held now, by the engine's own count of bytes."""
-        return self.memory.nbytes() // self.engine.info.cell_bytes
 
     def close(self) -> None:
         """Free the cells. A closed session must not be used."""
