@@ -52,6 +52,7 @@ class Session:
         self.peak_cells = 0
         self._pending_from = 0
         self._left = 0  # segments below this one have left the recent window
+        self._step_ends = False
         self._stale = False  # something may have become invisible since cells were last freed
         self._features: dict[str, list[npt.NDArray[np.float32]]] = {}
         self._features_from = 0
@@ -175,14 +176,18 @@ class Session:
     def begin_step(self, token: int) -> bool:
         """Enter one token for a joint decode. False: it needed a decode of its own and has been read already."""
         needs = self.scorer.needs if self.scorer else frozenset()
-        alone = self.config.isolated or self.observe or needs - {SURPRISE}
-        if alone or self._pending_from < len(self.ledger):
+        if self.observe or needs - {SURPRISE} or self._pending_from < len(self.ledger):
             self.read([token])
             return False
-        if SURPRISE in needs:
-            values = [surprise_of(next_logits(self), token)]
-            self._features.setdefault(SURPRISE, []).append(np.asarray(values, dtype=np.float32))
         self._enter(token, State.WHOLE)
+        self._step_ends = self.segmenter.push(token)
+        if self._step_ends and "EP" in self.config.anchors and self.config.isolated:
+            self._close_segment()
+            self._compute()
+            return False
+        if SURPRISE in needs:
+            value = np.asarray([surprise_of(next_logits(self), token)], dtype=np.float32)
+            self._features.setdefault(SURPRISE, []).append(value)
         return True
 
     def end_step(self, out: Output) -> None:
@@ -190,7 +195,7 @@ class Session:
         self._pending_from = len(self.ledger)
         self.logits = out.logits
         self.peak_cells = max(self.peak_cells, len(self.memory.positions()))
-        if self.segmenter.push(int(self.ledger.tokens[-1])):
+        if self._step_ends:
             self._close_segment()
             self._compute()
 

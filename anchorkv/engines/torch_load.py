@@ -41,10 +41,11 @@ def load(
             config = AutoConfig.from_pretrained(source, **options)
         _check_decoder(config, name)
         with _one_sentence(name):
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
         with _one_sentence(name):
             model, found = AutoModelForCausalLM.from_pretrained(
-                source, dtype=DTYPES[dtype] if dtype else best_dtype(place), output_loading_info=True, **options
+                source, config=config, dtype=DTYPES[dtype] if dtype else best_dtype(place), output_loading_info=True,
+                **options,
             )
         missing = sorted(found["missing_keys"])
         if missing:
