@@ -65,7 +65,8 @@ def load(
     model: str | Path | None = None, *, engine: EngineName = "auto", policy: str | AnchorConfig = "default",
     threads: int | None = None,
 ) -> Model:
-    """Load `model`: a hub id, a local folder, a GGUF file, or None for the built-in SmolLM2-135M-Instruct.
+    """Load `model`: a hub id, a local folder, a GGUF file (local, or owner/repository/file.gguf on the hub), or None
+    for the built-in SmolLM2-135M-Instruct.
 
     engine: "llama" reads GGUF files, "torch" everything that transformers can load; "auto" takes llama for a GGUF.
     Raises ModelError when it cannot be found or used, ConfigError for an unknown policy.
@@ -80,7 +81,7 @@ def _engine(model: str | Path | None, engine: EngineName, threads: int | None) -
     path = Path(builtin() if model is None else model).expanduser()
     is_gguf = path.suffix.lower() == ".gguf"
     if is_gguf and not path.is_file():
-        raise ModelError(f"There is no model file at {path}.")
+        path = _download(str(model))
     if engine == "torch" or (engine == "auto" and not is_gguf):
         if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
             raise ModelError(
@@ -95,6 +96,22 @@ def _engine(model: str | Path | None, engine: EngineName, threads: int | None) -
     from anchorkv.engines.llama import LlamaEngine
 
     return LlamaEngine.load(path, threads=threads)
+
+
+def _download(spec: str) -> Path:
+    """`owner/repository/file.gguf` from the Hugging Face hub or its local cache. Raises ModelError otherwise."""
+    parts = spec.split("/", 2)
+    if len(parts) < 3 or not all(parts) or spec.startswith((".", "~")):
+        raise ModelError(f"There is no model file at {spec}.")
+    from huggingface_hub import hf_hub_download, logging
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    logging.set_verbosity_error()  # its retries are not for the user's terminal
+    try:
+        return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{spec} is no local file and cannot be fetched from the hub ({reason}).") from None
 
 
 def builtin() -> Path:
