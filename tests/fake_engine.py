@@ -1,4 +1,4 @@
-"""An engine without a model: bytes as tokens and logits that depend on what is seen. For fast tests of what lies above."""
+"""An engine without a model: bytes as tokens, logits that depend on what is seen. For fast tests of what lies above."""
 
 from __future__ import annotations
 
