@@ -255,7 +255,8 @@ class LlamaMemory:
             raise ModelError("The llama engine takes no mask: llama.cpp decides visibility by sequences.")
         if needs - {SURPRISE}:
             raise ModelError(f"The llama engine cannot give {', '.join(sorted(needs - {SURPRISE}))}.")
-        engine = self._engine
+        engine, before = self._engine, self.last_logits
+        recalled = len(self.held) > 0 and start < int(self.held[-1])
         surprise: list[Floats] = []
         for first in range(0, len(tokens), engine.batch):
             part = tokens[first : first + engine.batch]
@@ -264,15 +265,12 @@ class LlamaMemory:
             self._decode_part(part, start + first, seen, SURPRISE in needs, logits and last)
             if SURPRISE in needs:
                 surprise.append(self._surprise(part))
-                self.last_logits = engine._logits(len(part) - 1)
-            elif logits and last:
-                self.last_logits = engine._logits(len(part) - 1)
-            else:
-                self.last_logits = None
-        empty: Floats = np.zeros(0, dtype=np.float32)
-        return Output(
-            self.last_logits if self.last_logits is not None else empty, np.concatenate(surprise) if surprise else None
-        )
+            wanted = SURPRISE in needs or (logits and last)
+            self.last_logits = engine._logits(len(part) - 1) if wanted else None
+        given = self.last_logits if self.last_logits is not None else np.zeros(0, dtype=np.float32)
+        if recalled:  # what old tokens predict is not what comes next
+            self.last_logits = before
+        return Output(given, np.concatenate(surprise) if surprise else None)
 
     def _decode_part(self, tokens: Sequence[int], start: int, visible: Ints | None, every: bool, last: bool) -> None:
         engine, kv = self._engine, self._engine._kv
