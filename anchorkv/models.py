@@ -106,7 +106,7 @@ def _download(spec: str) -> Path:
     from huggingface_hub import hf_hub_download, logging
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    logging.set_verbosity_error()  # its retries are not for the user's terminal
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its retries are not for the user's terminal
     try:
         return Path(hf_hub_download("/".join(parts[:2]), parts[2]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
