@@ -7,7 +7,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 SOURCES := $(shell find anchorkv -name '*.py' -o -name '*.j2')
-PIP := -m pip --disable-pip-version-check -q
+PIP := -m pip --disable-pip-version-check -qq
 
 .PHONY: run test check bench clean environment
 

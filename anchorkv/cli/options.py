@@ -50,7 +50,7 @@ class PolicyOptions:
         "--policy", "-p", panel=_POLICY, metavar="NAME|FILE",
         help=f"One of {', '.join(PRESETS)}, or a JSON file.")] = None
     anchors: Annotated[str | None, _option(
-        "--anchors", panel=_POLICY, metavar="KIND,…", help="Kinds of anchors: EP, AC, SEL, or several: EP,SEL.")] = None
+        "--anchors", panel=_POLICY, metavar="KIND,…", help="Kinds of anchors: EP, AC, SEL, several or none.")] = None
     ac_tokens: Annotated[int | None, _option(
         "--ac-tokens", panel=_POLICY, metavar="K", help="Added <AC> tokens a segment (needs AC).")] = None
     scorer: Annotated[str | None, _option(
@@ -87,7 +87,7 @@ class PolicyOptions:
             for field in fields(self) if field.name != "policy" and getattr(self, field.name) is not None
         }
         if self.anchors is not None:
-            changes["anchors"] = tuple(kind.strip().upper() for kind in self.anchors.split(",") if kind.strip())
+            changes["anchors"] = _kinds(self.anchors)
         if self.pinned is not None:
             changes["pinned"] = tuple(self.pinned)
         if self.cell_budget is not None:
@@ -97,7 +97,7 @@ class PolicyOptions:
             for name in names:
                 if name in changes and kind not in config.anchors:
                     option = name.replace("_", "-")
-                    have = "+".join(config.anchors)
+                    have = "+".join(config.anchors) or "none"
                     raise ConfigError(f"--{option} needs {kind} anchors, but the policy has {have}.")
         if "SEL" in config.anchors:
             scorer(config.scorer)  # an unknown scorer should be told before a model is loaded
@@ -167,6 +167,13 @@ def _named(name: str) -> AnchorConfig:
     if name.lower().endswith(".json") or Path(name).is_file():
         return AnchorConfig.load(name)
     raise ConfigError(f"There is no policy '{name}'; choose one of {', '.join(PRESETS)}, or name a JSON file.")
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    kinds = tuple(kind.strip().upper() for kind in text.split(",") if kind.strip())
+    if not kinds:
+        raise ConfigError("--anchors is empty; name EP, AC, SEL, several of them (EP,SEL), or none.")
+    return () if kinds == ("NONE",) else kinds
 
 
 def _budget(text: str) -> int | None:

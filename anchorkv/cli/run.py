@@ -154,7 +154,7 @@ def _print_figures(console: Console, sides: list[Side]) -> None:
     console.print()
     console.print(
         f"{first.document.title}: {first.document.accounting().full_cells:,} tokens, read by {info.name} "
-        f"({info.weights or first.document.session.engine.name}), anchors {'+'.join(policy.anchors)}",
+        f"({info.weights or first.document.session.engine.name}), anchors {'+'.join(policy.anchors) or 'none'}",
         style="dim", markup=False,
     )
     if len(sides) == 2:

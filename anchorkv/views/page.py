@@ -74,7 +74,7 @@ def _map(segments: Sequence[SegmentInfo]) -> list[dict[str, Any]]:
 
 
 def _policy_line(policy: AnchorConfig) -> str:
-    parts = [f"anchors {'+'.join(policy.anchors)}"]
+    parts = [f"anchors {'+'.join(policy.anchors) or 'none'}"]
     if "SEL" in policy.anchors:
         parts.append(f"scorer {policy.scorer} at {policy.reduction:g}×")
     window = "all" if policy.recent_window >= 2**31 else str(policy.recent_window)
