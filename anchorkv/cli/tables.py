@@ -71,7 +71,7 @@ def answer_line(answer: Answer) -> str:
     parts = [
         f"first token {seconds(answer.first_token_seconds)}", f"{speed(answer.tokens_per_second)}"
         if answer.tokens_per_second else "", f"{count(cells.kept_cells)} of {count(cells.full_cells)} cells",
-        f"{len(answer.recalled)} recalled" if answer.recalled else "",
+        f"recalled segments {', '.join(map(str, answer.recalled))}" if answer.recalled else "",
     ]
     return " · ".join(part for part in parts if part)
 
