@@ -37,6 +37,8 @@ from anchorkv.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 SLICE, BURST, ROUNDS = 512, 12, 5
+DOUBLE_FROM = 16384
+"""Longer contexts of the full side are not read but made by holding these cells twice: decode asks only how many."""
 console = Console(stderr=True)
 
 
@@ -184,44 +186,53 @@ def paired_decode(sides: Sequence[Side], tokens: Sequence[int]) -> list[float]:
 
 
 def llama_rows(contexts: Sequence[int], policies: Sequence[str], data: Path | None) -> Iterator[Row]:
+    """One stream per side, read on from context to context, so that each length is measured and none is read twice."""
     from anchorkv.engines.llama_file import fast_copy
     from anchorkv.models import builtin
 
-    path = fast_copy(builtin())
+    contexts = sorted(contexts)
+    path, room = fast_copy(builtin()), BURST * (ROUNDS + 1)
+    most = max((context for context in contexts if context <= DOUBLE_FROM), default=contexts[-1])
+    cells = (2 * most if contexts[-1] > most else most) + len(contexts) * room + 512
     settings = [(True, "f16", 512), (False, "f16", 512), (True, "q8_0", 512), (False, "f16", 2048)]
+    # A context of its own for each policy: sessions of one context pay for each other's cells.
+    models = [anchorkv.load() for _ in policies]
+    weights = models[0].engine.info.weights
+    anchored = [Anchored(model.engine, policy) for model, policy in zip(models, policies, strict=True)]
+    full = [StockLlama(path, cells, *setting) for setting in settings]
+    tokens = document_tokens(models[0].engine, contexts[-1] + room, data)
+    spent: dict[str, float] = {}
+    reached, best_decoding = 0, full[0]
     for context in contexts:
-        model = anchorkv.load()
-        room = BURST * (ROUNDS + 1)
-        doubled = context > 16384  # read half of it, hold it twice
-        tokens = document_tokens(model.engine, context + room, data)
-        read = tokens[: context // 2 if doubled else context]
-        tried = settings if context <= 8192 else settings[:2] if not doubled else settings[1:2]
-        full = [StockLlama(path, context + room + 256, *setting) for setting in tried]
-        anchored = [Anchored(model.engine, policy) for policy in policies]
-        spent = paired_prefill([*anchored, *full], read, 2048 if context >= 2048 else SLICE)
-        if doubled:
-            for side in full:
-                side.double()
-            for side in anchored:
-                started = time.perf_counter()
-                side.read(tokens[len(read) : context])
-                spent[anchored.index(side)] += time.perf_counter() - started
-        pace = paired_decode([*anchored, *full], tokens[context:])
-        best_prefill = min(range(len(full)), key=lambda i: spent[len(anchored) + i])
-        best_decode = min(range(len(full)), key=lambda i: pace[len(anchored) + i])
-        prefill_full = len(read) / spent[len(anchored) + best_prefill]
-        decode_full = 1 / pace[len(anchored) + best_decode]
-        for index, side in enumerate(anchored):
-            figures = side.session.accounting()
+        note = ""
+        if context > most:
+            full = [best_decoding]
+            best_decoding.double()
+            note = f"full side: decodes over {best_decoding.at // 2:,} tokens' cells held twice; prefill to {most:,}"
+        sides: list[Side] = [*anchored] if note else [*anchored, *full]
+        for side, seconds in zip(sides, paired_prefill(sides, tokens[reached:context], 2048), strict=True):
+            spent[side.label] = spent.get(side.label, 0.0) + seconds
+        reached = context
+        figures = [side.session.accounting() for side in anchored]
+        pace = paired_decode([*anchored, *full], tokens[context : context + room])
+        best_prefill = min(full, key=lambda side: spent[side.label])
+        best_decoding, decode = min(zip(full, pace[len(anchored) :], strict=True), key=lambda pair: pair[1])
+        prefill_full = (most if note else context) / spent[best_prefill.label]
+        for side, found, seconds in zip(anchored, figures, pace, strict=False):
+            prefill = context / spent[side.label]
             yield Row(
-                "llama", side.label, context, model.engine.info.weights, prefill_full, context / spent[index],
-                (context / spent[index]) / prefill_full, decode_full, 1 / pace[index], 1 / pace[index] / decode_full,
-                figures.kept_cells, figures.peak_cells, figures.full_cells,
-                f"prefill: {full[best_prefill].label}; decode: {full[best_decode].label}",
-                "full side: prefill of half the context, its cells held twice for decode" if doubled else "",
+                "llama", side.label, context, weights, prefill_full, prefill, prefill / prefill_full, 1 / decode,
+                1 / seconds, decode / seconds, found.kept_cells, found.peak_cells, context,
+                f"prefill: {best_prefill.label}; decode: {best_decoding.label}", note,
             )
-        for side in [*anchored, *full]:
-            side.close()
+        if context >= 4096:  # by now the slower settings have shown themselves
+            for side in full:
+                if side not in (best_prefill, best_decoding):
+                    side.close()
+            full = list({id(side): side for side in (best_prefill, best_decoding)}.values())
+    for side in [*anchored, *full]:
+        side.close()
+    for model in models:
         model.close()
 
 
@@ -244,29 +255,34 @@ def torch_rows(contexts: Sequence[int], policies: Sequence[str], data: Path | No
 
 
 def resident(context: int, policy: str, data: Path | None) -> dict[str, int]:
-    """Resident bytes of this process before reading, after it and at the peak."""
-    model = anchorkv.load()
-    process = psutil.Process()
-    before = process.memory_info().rss
-    tokens = document_tokens(model.engine, context, data)
-    with Session(model.engine, anchorkv.preset(policy)) as session:
-        session.read(tokens)
-        after = process.memory_info().rss
+    """Resident bytes of this process after reading `context` tokens, and at the peak. "none" reads nothing."""
+    from anchorkv.engines.llama import LlamaEngine
+    from anchorkv.models import builtin
+
+    cells = {"full": context + 256, "none": 256}.get(policy, 1024)
+    engine = LlamaEngine.load(builtin(), cells=cells)
+    process, kept = psutil.Process(), 0
+    if policy == "none":
+        engine.open().decode(engine.tokenizer.encode("One segment to warm the buffers for a batch up. " * 40), 0)
+    else:
+        session = Session(engine, anchorkv.preset(policy))
+        session.read(document_tokens(engine, context, data))
         kept = session.accounting().kept_bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"before": before, "after": after, "peak": peak, "kept_bytes": kept}
+    return {"after": process.memory_info().rss, "peak": peak, "kept_bytes": kept, "allocated": engine.allocated_bytes()}
 
 
 def resident_of_both(context: int, policy: str, data: Path | None) -> dict[str, Any]:
-    """`resident` of the policy and of the full cache, each in a process of its own."""
+    """`resident` of the policy, of the full cache and of the model alone, each in a process of its own."""
     found: dict[str, Any] = {"context": context, "policy": policy}
-    for name in (policy, "full"):
+    for name, side in ((policy, "anchored"), ("full", "full"), ("none", "model")):
         command = [sys.executable, __file__, "--resident-of", name, "--contexts", str(context)]
         if data:
             command += ["--data", str(data)]
-        found["full" if name == "full" else "anchored"] = json.loads(subprocess.check_output(command))
-    grown = {side: found[side]["after"] - found[side]["before"] for side in ("anchored", "full")}
-    found["growth_ratio"] = grown["full"] / max(1, grown["anchored"])
+        found[side] = json.loads(subprocess.check_output(command))
+    base = found["model"]["after"] - found["model"]["allocated"]
+    above = {side: found[side]["peak"] - base for side in ("anchored", "full")}
+    found["above_model"], found["ratio"] = above, above["full"] / max(1, above["anchored"])
     return found
 
 
@@ -305,11 +321,10 @@ def show(rows: Sequence[Row], memory: dict[str, Any] | None) -> None:
         )
     Console().print(table)
     if memory:
-        sides = {side: memory[side] for side in ("anchored", "full")}
+        above = {side: f"{size / 2**20:.0f} MiB" for side, size in memory["above_model"].items()}
         Console().print(
-            f"Resident memory grown by reading {memory['context']:,} tokens: "
-            + ", ".join(f"{side} {(v['after'] - v['before']) / 2**20:.0f} MiB" for side, v in sides.items())
-            + f" ({memory['growth_ratio']:.1f}x)"
+            f"Peak resident memory above the model itself, {memory['context']:,} tokens: "
+            f"anchored {above['anchored']}, full cache {above['full']} ({memory['ratio']:.1f}x)"
         )
 
 

@@ -132,7 +132,8 @@ class LlamaEngine:
     def _open_context(self, cells: int) -> None:
         threads, sequences, flash, kv_type = self._options
         params = llama_cpp.llama_context_default_params()
-        self.cells = -(-cells // 256) * 256
+        # llama.cpp caps a batch at the context's size, and aborts on a larger one.
+        self.cells = -(-max(cells, self.batch) // 256) * 256
         params.n_ctx, params.n_batch, params.n_ubatch = self.cells, self.batch, self.batch
         params.n_seq_max, params.kv_unified = sequences, True
         params.n_threads = params.n_threads_batch = threads
