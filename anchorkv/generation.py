@@ -22,6 +22,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from anchorkv.config import AnchorConfig, preset
 from anchorkv.decode import step_together
 from anchorkv.engines.torch import TorchEngine
+from anchorkv.engines.torch_model import CACHE_ARGUMENTS
 from anchorkv.engines.torch_tokenizer import TorchTokenizer
 from anchorkv.errors import ConfigError
 from anchorkv.ledger import Accounting
@@ -142,9 +143,9 @@ def _check(config: Any, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None
         raise ConfigError(
             f"Anchored generation samples or takes the best token; {mode.value.replace('_', ' ')} is not supported."
         )
-    cache = model_kwargs.get("past_key_values")
+    cache = next((model_kwargs[name] for name in CACHE_ARGUMENTS if model_kwargs.get(name) is not None), None)
     if cache is not None and cache.get_seq_length() > 0:
-        raise ConfigError("Anchored generation keeps its own cells; give it the whole prompt, not past_key_values.")
+        raise ConfigError("Anchored generation keeps its own cells; give it the whole prompt, not a cache.")
     if model_kwargs.get("inputs_embeds") is not None:
         raise ConfigError("Anchored generation needs input_ids: sentences cannot be found in inputs_embeds.")
     if config.output_attentions or config.output_hidden_states:

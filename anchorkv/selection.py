@@ -14,6 +14,8 @@ SLACK = 0.04
 """How far the kept cells may stray from the target, as a share of it …"""
 SLACK_FROM = 2000
 """… from this many tokens of older text on; before, the same number of cells as there."""
+WHOLE_SHARE = 0.1
+"""Most of the budget that may pay for the cells still held whole, so that on a long text all cells meet the target."""
 
 
 class RunningBudget:
@@ -21,7 +23,7 @@ class RunningBudget:
 
     A segment keeps its tokens above a threshold: the quantile, among all scores seen so far, that would bring the
     kept cells to the target within the next HORIZON tokens. A band around the target bounds what a run of dense or
-    thin segments may do: |kept - older / reduction| <= SLACK * max(older, SLACK_FROM) / reduction, or half a cell.
+    thin segments may do: |kept - target| <= SLACK * max(older, SLACK_FROM) / reduction, or half a cell.
     Only sinks, pinned spans and ineligible tokens can push the kept cells outside it; then none, or all, are chosen.
     """
 
@@ -32,7 +34,8 @@ class RunningBudget:
         self._seen: Floats = np.zeros(0, dtype=np.float32)  # all eligible scores so far, ascending; never written to
 
     def choose(
-        self, scores: npt.NDArray[np.floating], eligible: Bools, older_tokens: int, kept_already: int
+        self, scores: npt.NDArray[np.floating], eligible: Bools, older_tokens: int, kept_already: int,
+        held_whole: int = 0,
     ) -> Bools:
         """Which tokens of a segment stay: [n] booleans, only where `eligible`. Call it once a segment, in order.
 
@@ -40,6 +43,7 @@ class RunningBudget:
         eligible: [n], False for what stays anyway (sinks, pinned, other anchors) or never may.
         older_tokens: all tokens that have left the recent window, this segment's included.
         kept_already: cells kept of those, sinks and pinned included: they spend the budget too.
+        held_whole: cells beside those, of the recent window; so do they, up to WHOLE_SHARE of it.
         """
         chosen = np.zeros(len(scores), dtype=bool)
         places = np.flatnonzero(eligible)
@@ -47,13 +51,14 @@ class RunningBudget:
         self._seen = np.insert(self._seen, np.searchsorted(self._seen, np.sort(values)), np.sort(values))
         if not len(places):
             return chosen
-        count = self._count(values, older_tokens, kept_already)
+        count = self._count(values, older_tokens, kept_already, held_whole)
         chosen[places[np.argsort(-values, kind="stable")[:count]]] = True
         return chosen
 
-    def _count(self, values: Floats, older_tokens: int, kept_already: int) -> int:
+    def _count(self, values: Floats, older_tokens: int, kept_already: int, held_whole: int) -> int:
         """How many of `values` stay."""
         target = older_tokens / self.reduction
+        target -= min(held_whole, WHOLE_SHARE * target)
         slack = max(SLACK * max(older_tokens, SLACK_FROM) / self.reduction, 0.5)
         fewest = int(np.ceil(target - slack)) - kept_already
         most = int(np.floor(target + slack)) - kept_already

@@ -243,7 +243,7 @@ class Session:
         eligible = (column("state")[span] == State.WHOLE) & ~column("anchor")[span]
         older = stop - int(column("added")[:stop].sum())
         kept = int((column("always")[:stop] | column("anchor")[:stop]).sum())
-        chosen = span[self.budget.choose(scores, eligible, older, kept)]
+        chosen = span[self.budget.choose(scores, eligible, older, kept, held_whole=len(self.ledger) - stop)]
         column("anchor")[chosen] = True
         self.ledger.mark(chosen, State.ANCHOR, f"chosen by '{self.config.scorer}' (SEL)")
 

@@ -5,13 +5,14 @@
 
 Both sides read the same tokens in alternating slices, so that a noisy machine slows both; decoding alternates in bursts
 and the ratio of medians counts. The full side gets its best settings: flash attention on and off, f16 and q8_0 cells,
-batches of 512 and 2,048, each tried, the fastest kept for prefill and for decode separately. Writes
+batches of 128, 512 and 2,048, each tried, the fastest kept for prefill and for decode separately. Writes
 results/inference.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -136,15 +137,18 @@ class StockTorch:
     def __init__(self, engine: Any) -> None:
         from transformers import DynamicCache
 
+        from anchorkv.engines.torch_model import cache_argument
+
         self.label = "transformers DynamicCache, sdpa"
         self.model, self.cache = engine.model, DynamicCache()
+        self.cache_argument = cache_argument(frozenset(inspect.signature(self.model.forward).parameters))
 
     def read(self, tokens: Sequence[int]) -> None:
         import torch
 
         with torch.inference_mode():
             ids = torch.tensor([list(tokens)], device=self.model.device)
-            self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1, use_cache=True)
+            self.model(input_ids=ids, logits_to_keep=1, use_cache=True, **{self.cache_argument: self.cache})
 
     def decode(self, tokens: Sequence[int]) -> None:
         for token in tokens:
@@ -194,7 +198,10 @@ def llama_rows(contexts: Sequence[int], policies: Sequence[str], data: Path | No
     path, room = fast_copy(builtin()), BURST * (ROUNDS + 1)
     most = max((context for context in contexts if context <= DOUBLE_FROM), default=contexts[-1])
     cells = (2 * most if contexts[-1] > most else most) + len(contexts) * room + 512
-    settings = [(True, "f16", 512), (False, "f16", 512), (True, "q8_0", 512), (False, "f16", 2048)]
+    settings = [
+        (True, "f16", 128), (False, "f16", 128), (True, "f16", 512), (False, "f16", 512), (True, "q8_0", 128),
+        (False, "f16", 2048),
+    ]
     # A context of its own for each policy: sessions of one context pay for each other's cells.
     models = [anchorkv.load() for _ in policies]
     weights = models[0].engine.info.weights

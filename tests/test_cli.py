@@ -420,5 +420,5 @@ def test_the_built_in_model_finds_a_fact(monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.slow
 def test_the_built_in_model_chats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    report = json.loads(call("chat", "--json", "--max-tokens", 16, stdin="What is the capital of France?\n").stdout)
-    assert "Paris" in report["turns"][0]["assistant"]
+    report = json.loads(call("chat", "--json", "--max-tokens", 16, stdin="How many days are there in a week?\n").stdout)
+    assert "7" in report["turns"][0]["assistant"]

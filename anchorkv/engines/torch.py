@@ -26,6 +26,7 @@ from anchorkv.engines.torch_memory import TorchMemory, floats, from_numpy, out_o
 from anchorkv.engines.torch_model import (
     DTYPES,
     FULL,
+    cache_argument,
     check_arguments,
     decoder_layers,
     fingerprint,
@@ -173,7 +174,7 @@ class TorchEngine:
             "input_ids": torch.tensor(tokens, device=self.device),
             "position_ids": torch.from_numpy(queries).to(self.device),
             "attention_mask": self._attention_mask(queries, keys, seen),
-            "past_key_values": cache,
+            cache_argument(self._accepted): cache,
             "use_cache": True,
         }
         found: list[torch.Tensor] = []

@@ -47,9 +47,20 @@ def layer_kinds(config: Any) -> list[str]:
     return list(kinds)
 
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What forwards call their cache: transformers 5.24 renamed the second to the first."""
+
+
+def cache_argument(accepted: frozenset[str]) -> str:
+    """Which of CACHE_ARGUMENTS is among `accepted`; the older name where none is."""
+    return next((name for name in CACHE_ARGUMENTS if name in accepted), CACHE_ARGUMENTS[-1])
+
+
 def check_arguments(model: Any) -> frozenset[str]:
+    """Names of the arguments that `model.forward` takes. Raises ModelError where one is missing that anchors need."""
     accepted = frozenset(inspect.signature(model.forward).parameters)
-    missing = [name for name in ("attention_mask", "position_ids", "past_key_values") if name not in accepted]
+    needed = ("attention_mask", "position_ids", cache_argument(accepted))
+    missing = [name for name in needed if name not in accepted]
     if missing:
         lacks = " and no ".join(missing)
         raise ModelError(f"The model ({type(model).__name__}) takes no {lacks}, so it cannot be anchored.")
