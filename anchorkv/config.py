@@ -20,7 +20,8 @@ class AnchorConfig(BaseModel):
 
     `anchors` names the kinds in force; they combine (``("EP", "SEL")`` keeps end tokens *and* selected ones):
 
-    * ``EP``  the segment's end token (AnLLM, arXiv 2402.07616, section 3.2)
+    * ``EP``  the segment's end token (AnLLM, arXiv 2402.07616, section 3.2); with separator segments, every
+      separator in it (SepLLM, arXiv 2412.12094)
     * ``AC``  `ac_tokens` added ``<AC>`` tokens end every segment (ibid.)
     * ``SEL`` the text's own tokens that `scorer` finds most useful, one in `reduction`
 
@@ -74,6 +75,11 @@ class AnchorConfig(BaseModel):
         """Whether EP/AC anchors see their own segment alone (the paper's AnSAN)."""
         return not self.anchors_see_anchors and ("EP" in self.anchors or "AC" in self.anchors)
 
+    @property
+    def ends_are_anchors(self) -> bool:
+        """Whether the last token of a segment is an anchor because it is the last."""
+        return "EP" in self.anchors and self.segments != "separator"
+
     def replace(self, **changes: Any) -> AnchorConfig:
         """A copy with `changes`, validated again."""
         return AnchorConfig(**{**self.model_dump(), **changes})
@@ -121,7 +127,7 @@ PRESETS: dict[str, AnchorConfig] = {
     # The lower yardstick: what left the recent window leaves nothing behind (StreamingLLM, arXiv 2309.17453).
     "no-memory": AnchorConfig(anchors=(), recall="off"),
     # SEL with the best scorer that needs no training; bounded, so any length passes through.
-    "default": AnchorConfig(cell_budget=1024),
+    "default": AnchorConfig(min_segment=24, max_segment=64, cell_budget=1024),
     # The paper: nothing but one anchor a sentence, w = 0, an anchor sees its own sentence alone.
     "paper-ep": AnchorConfig(
         anchors=("EP",), sinks=0, recent_window=0, min_segment=1, max_segment=256, recall="off",
@@ -133,8 +139,8 @@ PRESETS: dict[str, AnchorConfig] = {
     ),
     # SepLLM (arXiv 2412.12094): sinks, separators and a recent window; separators are ordinary tokens.
     "sepllm": AnchorConfig(
-        anchors=("EP",), segments="separator", anchors_see_anchors=True, min_segment=1, max_segment=32,
-        sinks=4, recent_window=8, recall="off", cell_budget=800, pin_prompt=False,
+        anchors=("EP",), segments="separator", anchors_see_anchors=True, min_segment=32, max_segment=48,
+        sinks=4, recent_window=2, recall="off", cell_budget=768, pin_prompt=False,
     ),
 }
 

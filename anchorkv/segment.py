@@ -231,6 +231,8 @@ class Segmenter:
         self._max = config.max_segment
         self._piece = piece
         self._pieces: dict[int, _Piece] = {}
+        self.at_separator = False
+        """Whether the token pushed last ended with a separator (kind "separator" only)."""
         self._forget_text()
 
     @property
@@ -246,6 +248,7 @@ class Segmenter:
     def push(self, token: int) -> bool:
         """Read `token`. True when it ends its segment."""
         self._length += 1
+        self.at_separator = False
         ended = self._length >= self._max
         if self._kind != "fixed":
             known = self._pieces.get(token)
@@ -261,6 +264,7 @@ class Segmenter:
                 parts = bool(self._pending)
                 text = self._decode(known)
                 self._read(text)
+                self.at_separator = self._kind == "separator" and text[-1:] in SEPARATORS and not self._pending
                 ended = ended or self._text_ends(text, parts)
         if ended:
             self._begin()
@@ -330,7 +334,7 @@ class Segmenter:
         if parts and self._length > self._max - 3:
             return True  # the next character may be three tokens too: a forced cut would split it
         if self._kind == "separator":
-            return text[-1:] in SEPARATORS
+            return self.at_separator
         if not self._content:
             return False
         if self._break >= Break.LINE:

@@ -73,7 +73,7 @@ class Session:
         for done, token in enumerate(tokens, start=1):
             pin = pinned is not None and pinned[done - 1]
             self._enter(token, State.PINNED if pin else State.WHOLE)
-            if self.segmenter.push(token):
+            if self._show(token):
                 with deferred_interrupt():
                     self._close_segment(logits=logits and done == len(tokens))
                 if progress:
@@ -99,10 +99,17 @@ class Session:
             state = State.SINK
         return self.ledger.append(token, self.current, state=state, added=added)
 
+    def _show(self, token: int) -> bool:
+        """Show the token just entered to the segmenter: whether it ends its segment. A separator is an anchor now."""
+        ended = self.segmenter.push(token)
+        if self.segmenter.at_separator and "EP" in self.config.anchors:
+            self._anchor(len(self.ledger) - 1, "separator (EP)")
+        return ended
+
     def _close_segment(self, logits: bool = True) -> None:
         """The last token entered ends its segment: make its anchors, begin the next one, free what nobody sees."""
         config, ledger = self.config, self.ledger
-        if "EP" in config.anchors:
+        if config.ends_are_anchors:
             self._anchor(len(ledger) - 1, "end of its segment (EP)")
         if "AC" in config.anchors:
             for _ in range(config.ac_tokens):
@@ -180,9 +187,11 @@ class Session:
             self.read([token])
             return False
         self._enter(token, State.WHOLE)
-        self._step_ends = self.segmenter.push(token)
-        if self._step_ends and "EP" in self.config.anchors and self.config.isolated:
-            self._close_segment()
+        self._step_ends = self._show(token)
+        ends_blind = self._step_ends and self.config.ends_are_anchors and self.config.isolated
+        if ends_blind or self.ledger.column("blind")[-1]:
+            if self._step_ends:
+                self._close_segment()
             self._compute()
             return False
         if SURPRISE in needs:

@@ -21,6 +21,9 @@ POLICIES = {
         reduction=3, recent_window=1, max_segment=16, min_segment=4, cell_budget=48, scorer="frequency"
     ),
     "sepllm": preset("sepllm"),
+    "separators-blind": AnchorConfig(
+        anchors=("EP",), segments="separator", min_segment=8, max_segment=24, recent_window=1
+    ),
     "fixed": AnchorConfig(anchors=("EP",), segments="fixed", max_segment=16, recent_window=1),
     "full": preset("full"),
 }

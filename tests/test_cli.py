@@ -173,7 +173,7 @@ def test_policy_options(document: Path, tmp_path: Path) -> None:
         (["--reduction", "-3"], "reduction"),
         (["--anchors", "XX"], "anchors"),
         (["--anchors", ","], "--anchors is empty"),
-        (["--min-segment", "60"], "smaller than"),
+        (["--min-segment", "80"], "smaller than"),
         (["--sinks", "-1"], "sinks"),
         (["--cell-budget", "20"], "no room"),
         (["--cell-budget", "many"], "number of cells"),

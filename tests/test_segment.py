@@ -207,7 +207,7 @@ def test_blank_line_closes_quotes() -> None:
 
 
 def test_separator() -> None:
-    config = preset("sepllm")
+    config = preset("sepllm").replace(min_segment=1)
     assert cut(by_word("One, two: 3.5\tand; so。次、x"), config) == [
         "One,", " two:", " 3.", "5\t", "and;", " so。", "次、", "x",
     ]  # fmt: skip

@@ -80,7 +80,7 @@ def test_a_character_across_segments_belongs_to_the_first() -> None:
 
 
 def test_evicted_anchors_are_told_apart() -> None:
-    policy = preset("default").replace(cell_budget=128, reduction=4, recall="off")
+    policy = preset("default").replace(cell_budget=160, reduction=4, recall="off")
     _, segments, _ = reading(policy, TEXT * 3)
     counts = counts_of(segments)
     assert counts["evicted"] > 0
