@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -44,7 +44,9 @@ class AnchorConfig(BaseModel):
     max_segment: int = Field(48, ge=1, description="tokens; a segment is cut here at the latest")
     recall: RecallMode = "auto"
     recall_cells: int = Field(256, ge=0, description="cells that recalled segments may hold at once")
-    cell_budget: int | None = Field(None, ge=16, description="most cells kept; when full the oldest anchors go first")
+    cell_budget: Annotated[int, Field(ge=16)] | Literal["window"] | None = Field(
+        None, description="most cells kept; when full the oldest anchors go first; 'window': see budget_for"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -54,8 +56,8 @@ class AnchorConfig(BaseModel):
             raise ValueError(f"max_segment ({self.max_segment}) is smaller than min_segment ({self.min_segment})")
         if self.recall == "on" and self.recall_cells == 0:
             raise ValueError("recall is on but recall_cells is 0: give it cells or turn recall off")
-        whole = self.sinks + (self.recent_window + 1) * self.max_segment
-        if self.cell_budget is not None and self.cell_budget <= whole:
+        whole = self.most_whole
+        if isinstance(self.cell_budget, int) and self.cell_budget <= whole:
             raise ValueError(
                 f"cell_budget ({self.cell_budget}) leaves no room for anchors: sinks, the recent window and the "
                 f"current segment alone can take {whole} cells"
@@ -74,6 +76,19 @@ class AnchorConfig(BaseModel):
     def isolated(self) -> bool:
         """Whether EP/AC anchors see their own segment alone (the paper's AnSAN)."""
         return not self.anchors_see_anchors and ("EP" in self.anchors or "AC" in self.anchors)
+
+    @property
+    def most_whole(self) -> int:
+        """Most cells that sinks, the recent window and the current segment can take."""
+        added = self.ac_tokens if "AC" in self.anchors else 0
+        return self.sinks + (self.recent_window + 1) * (self.max_segment + added)
+
+    def budget_for(self, window: int) -> int | None:
+        """Most cells kept with a model of `window` tokens: "window" is an eighth more than its whole window takes at
+        this reduction, so that only streams longer than the model was trained for lose their oldest anchors."""
+        if self.cell_budget != "window":
+            return self.cell_budget
+        return max(round(window / self.reduction * 9 / 8), 2 * self.most_whole)
 
     @property
     def ends_are_anchors(self) -> bool:
@@ -127,7 +142,7 @@ PRESETS: dict[str, AnchorConfig] = {
     # The lower yardstick: what left the recent window leaves nothing behind (StreamingLLM, arXiv 2309.17453).
     "no-memory": AnchorConfig(anchors=(), recall="off"),
     # SEL with the best scorer that needs no training; bounded, so any length passes through.
-    "default": AnchorConfig(min_segment=24, max_segment=64, cell_budget=1024),
+    "default": AnchorConfig(min_segment=24, max_segment=64, cell_budget="window"),
     # The paper: nothing but one anchor a sentence, w = 0, an anchor sees its own sentence alone.
     "paper-ep": AnchorConfig(
         anchors=("EP",), sinks=0, recent_window=0, min_segment=1, max_segment=256, recall="off",

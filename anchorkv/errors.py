@@ -15,6 +15,10 @@ class DocumentError(AnchorKVError):
     """A document is missing, empty, binary, or cannot be read as text."""
 
 
+class DataError(AnchorKVError):
+    """Training data is missing, damaged or in a form that cannot be used, or has changed since a run was saved."""
+
+
 class ModelError(AnchorKVError):
     """A model cannot be found, opened or used (not decoder-only, truncated file, no tokenizer …)."""
 

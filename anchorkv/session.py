@@ -45,6 +45,7 @@ class Session:
         self.segmenter = Segmenter(config, engine.tokenizer.piece)
         self.scorer: Scorer | None = scorer(config.scorer) if "SEL" in config.anchors else None
         self.budget = RunningBudget(config.reduction)
+        self.cell_budget = config.budget_for(engine.info.window)
         self.current = 0
         """Number of the segment being read."""
         self.logits: Floats | None = None
@@ -266,10 +267,9 @@ class Session:
 
     def _evict(self) -> None:
         """Cell budget: the oldest anchors go first, so that what stays and the text being read fit."""
-        if self.config.cell_budget is None:
+        if self.cell_budget is None:
             return
-        added = self.config.ac_tokens if "AC" in self.config.anchors else 0
-        room = self.config.cell_budget - (self.config.recent_window + 1) * (self.config.max_segment + added)
+        room = self.cell_budget - (self.config.most_whole - self.config.sinks)
         older = slice(0, int(np.searchsorted(self.ledger.column("segment"), self._left)))
         always, evicted = self.ledger.column("always")[older], self.ledger.column("evicted")[older]
         alive = np.flatnonzero(self.ledger.column("anchor")[older] & ~always & (evicted == NEVER))
@@ -277,7 +277,7 @@ class Session:
         if surplus > 0:
             oldest = alive[:surplus]
             self.ledger.column("evicted")[oldest] = self.current
-            self.ledger.mark(oldest, State.DROPPED, f"cell budget of {self.config.cell_budget} full: oldest anchor")
+            self.ledger.mark(oldest, State.DROPPED, f"cell budget of {self.cell_budget} full: oldest anchor")
 
     def _free(self) -> None:
         """Free every held cell that no later query can see."""

@@ -92,22 +92,24 @@ def answer_losses(engine: Engine, data: Path, count: int) -> list[dict[str, Any]
     contexts = sorted({row["context"] for row in rows})
     chosen = [rows[index] for index in random.choice(len(rows), count, replace=False)]
     base = anchorkv.preset("default")
-    sides = {
-        "full": anchorkv.preset("full"), "default, no recall": base.replace(recall="off"),
-        "default, recall auto": base, "default, recall on": base.replace(recall="on"),
-        "w = 0, recall on (exact)": base.replace(recall="on", recent_window=0),
+    # Each document is read once a policy; what recall does is tried on forks of it.
+    readings = {
+        "full": (anchorkv.preset("full"), ("off",)), "default": (base, ("off", "auto", "on")),
+        "w = 0": (base.replace(recent_window=0), ("on",)),
     }
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    hit: dict[str, list[bool]] = {name: [] for name in sides}
+    found: dict[str, list[float]] = {}
+    hit: dict[str, list[bool]] = {}
     for row in track(chosen, "answers among ten passages", console=console, transient=True):
         others = [context for context in random.permutation(contexts) if context != row["context"]][:9]
         passages = [*others, row["context"]]
         random.shuffle(passages)
-        text = "\n\n".join(passages)
-        for name, config in sides.items():
-            loss, brought = _answer_loss(engine, config, text, row)
-            found[name].append(loss)
-            hit[name].append(brought)
+        for name, (config, modes) in readings.items():
+            with Document.read(engine, config, "\n\n".join(passages)) as document:
+                for mode in modes:
+                    label = name if name == "full" else f"{name}, recall {mode}"
+                    loss, brought = _answer_loss(document, mode, row)
+                    found.setdefault(label, []).append(loss)
+                    hit.setdefault(label, []).append(brought)
     full = np.asarray(found["full"])
     return [
         {
@@ -120,10 +122,11 @@ def answer_losses(engine: Engine, data: Path, count: int) -> list[dict[str, Any]
     ]
 
 
-def _answer_loss(engine: Engine, config: AnchorConfig, text: str, row: dict[str, Any]) -> tuple[float, bool]:
+def _answer_loss(document: Document, recall: str, row: dict[str, Any]) -> tuple[float, bool]:
     parts: list[np.ndarray] = []
-    tokenizer = engine.tokenizer
-    with Document.read(engine, config, text) as document, document.session.fork() as session:
+    with document.session.fork() as session:
+        tokenizer = session.engine.tokenizer
+        session.config = session.config.replace(recall=recall)
         plan = RecallPlan(session)
         plan.update(row["question"])
         recalled = " ".join(plan.text_of(segment) for segment in session.recalled)
@@ -147,10 +150,10 @@ def texts(engine: Engine, data: Path | None, count: int, length: int) -> list[li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with lm/pg19.test.jsonl.gz and squad/squad_v1.test.jsonl.gz")
-    parser.add_argument("--texts", type=int, default=4)
-    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--texts", type=int, default=3)
+    parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--reduction", type=float, default=12)
-    parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--questions", type=int, default=20)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "quality.json")
     options = parser.parse_args()
     model = anchorkv.load()

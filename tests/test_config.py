@@ -74,3 +74,14 @@ def test_bad_policy_files(text: str, tmp_path: Path) -> None:
         AnchorConfig.load(path)
     with pytest.raises(ConfigError):
         AnchorConfig.load(tmp_path / "missing.json")
+
+
+def test_a_budget_of_the_window_grows_with_the_model() -> None:
+    policy = AnchorConfig(reduction=12, cell_budget="window")
+    assert policy.budget_for(8192) == 768
+    assert policy.budget_for(131072) == 12288
+    assert policy.budget_for(64) == 2 * policy.most_whole
+    assert policy.replace(cell_budget=500).budget_for(8192) == 500
+    assert policy.replace(cell_budget=None).budget_for(8192) is None
+    with pytest.raises(ConfigError, match="cell_budget"):
+        policy.replace(cell_budget="half")

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from typer import Option
 
@@ -77,7 +77,8 @@ class PolicyOptions:
     recall_cells: Annotated[int | None, _option(
         "--recall-cells", panel=_POLICY, metavar="N", help="Cells that recalled segments may hold at once.")] = None
     cell_budget: Annotated[str | None, _option(
-        "--cell-budget", panel=_POLICY, metavar="N|none", help="Most cells kept; the oldest anchors go first.")] = None
+        "--cell-budget", panel=_POLICY, metavar="N|window|none",
+        help="Most cells kept, oldest anchors go first; window: what the model's own window takes.")] = None
 
     def config(self) -> AnchorConfig:
         """The policy that these options make. Raises ConfigError for what is unknown, out of range or contradictory."""
@@ -176,10 +177,12 @@ def _kinds(text: str) -> tuple[str, ...]:
     return () if kinds == ("NONE",) else kinds
 
 
-def _budget(text: str) -> int | None:
+def _budget(text: str) -> int | Literal["window"] | None:
     if text.strip().lower() == "none":
         return None
+    if text.strip().lower() == "window":
+        return "window"
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(f"--cell-budget takes a number of cells or 'none' (got {text!r}).") from None
+        raise ConfigError(f"--cell-budget takes a number of cells, 'window' or 'none' (got {text!r}).") from None

@@ -35,6 +35,9 @@ from anchorkv.engines.torch_model import (
 )
 from anchorkv.errors import ModelError, SavedStateError
 
+BATCH, GPU_BATCH = 128, 512
+"""Tokens of a forward: what is read together is held together, and on a CPU more than 128 gain nothing."""
+
 
 class TorchEngine:
     """A transformers model and its tokenizer, behind the protocol `anchorkv.engines.base.Engine`.
@@ -47,13 +50,14 @@ class TorchEngine:
     masks = True
 
     def __init__(
-        self, model: Any, tokenizer: Tokenizer, *, name: str = "", batch: int = 512
+        self, model: Any, tokenizer: Tokenizer, *, name: str = "", batch: int | None = None
     ) -> None:
+        """batch: tokens of a forward; None takes BATCH on a CPU, GPU_BATCH elsewhere."""
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.batch = batch
         self.config = self.model.config.get_text_config(decoder=True)
         self.device = next(model.parameters()).device
+        self.batch = batch or (BATCH if self.device.type == "cpu" else GPU_BATCH)
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.kinds = layer_kinds(self.config)
         self.sliding_window = int(getattr(self.config, "sliding_window", None) or 0)
@@ -69,7 +73,7 @@ class TorchEngine:
     @classmethod
     def load(
         cls, spec: str | Path, *, device: str | None = None, dtype: str | None = None,
-        adapter: str | Path | None = None, batch: int = 512, threads: int | None = None,
+        adapter: str | Path | None = None, batch: int | None = None, threads: int | None = None,
     ) -> TorchEngine:
         """Load a hub id, a local folder or a GGUF file; see `anchorkv.engines.torch_load.load`.
 

@@ -80,7 +80,8 @@ def _policy_line(policy: AnchorConfig) -> str:
     window = "all" if policy.recent_window >= 2**31 else str(policy.recent_window)
     parts += [f"{policy.sinks} sinks", f"recent window {window}", f"recall {policy.recall}"]
     if policy.cell_budget is not None:
-        parts.append(f"budget {policy.cell_budget:,} cells")
+        budget = "of the window" if policy.cell_budget == "window" else f"{policy.cell_budget:,} cells"
+        parts.append(f"budget {budget}")
     return ", ".join(parts)
 
 

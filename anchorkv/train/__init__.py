@@ -1,0 +1,1 @@
+"""Training a model to live with its anchors: data, and what is learned from it."""
