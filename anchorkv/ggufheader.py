@@ -7,7 +7,7 @@ a few numbers, so this walks over what it does not need. Format: ggml's docs/ggu
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,12 +21,29 @@ _SANE = 1 << 32
 
 
 @dataclass(frozen=True)
+class Tensor:
+    """`shape`: row length first, as ggml has it. `kind`: its ggml type. Its bytes are file[start : start + nbytes]."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Header:
-    """`fields`: metadata without long arrays. `types`: tensors of each ggml type. `size`: bytes of the file."""
+    """`fields`: metadata without long arrays. `types`: tensors of each ggml type. `size`: bytes of the file.
+
+    `pairs`: where in the file each metadata pair lies, name and all: bytes [first, end). `alignment`: of tensors.
+    """
 
     fields: dict[str, Any]
     types: dict[int, int]
     size: int
+    pairs: dict[str, tuple[int, int]]
+    tensors: tuple[Tensor, ...]
+    alignment: int
 
     def of_architecture(self, key: str, default: Any = None) -> Any:
         """The value of `<architecture>.key`."""
@@ -51,27 +68,31 @@ def _read(file: BinaryIO, path: Path) -> Header:
     if version not in (2, 3):
         raise ModelError(f"{path} has GGUF version {version}, which cannot be read; convert it to version 3.")
     tensors, pairs = _scalar(file, "<Q"), _scalar(file, "<Q")
-    fields = {}
+    fields, places = {}, {}
     for _ in range(pairs):
+        first = file.tell()
         name = _string(file)
         fields[name] = _value(file, _scalar(file, "<I"))
+        places[name] = (first, file.tell())
     types: dict[int, int] = {}
-    end = 0
+    found = []
     for _ in range(tensors):
-        _string(file)
-        shape = [_scalar(file, "<Q") for _ in range(_scalar(file, "<I"))]
+        name = _string(file)
+        shape = tuple(_scalar(file, "<Q") for _ in range(_scalar(file, "<I")))
         kind, offset = _scalar(file, "<I"), _scalar(file, "<Q")
         types[kind] = types.get(kind, 0) + 1
-        end = max(end, offset + _tensor_bytes(kind, shape))
+        found.append(Tensor(name, shape, kind, offset, _tensor_bytes(kind, shape)))
     alignment = int(fields.get("general.alignment") or 32)
     start = -(-file.tell() // alignment) * alignment
+    end = start + max((tensor.start + tensor.nbytes for tensor in found), default=0)
     size = path.stat().st_size
-    if size < start + end:
-        raise ModelError(f"{path} is truncated: {start + end - size:,} bytes are missing; download it again.")
-    return Header(fields, types, size)
+    if size < end:
+        raise ModelError(f"{path} is truncated: {end - size:,} bytes are missing; download it again.")
+    placed = tuple(replace(tensor, start=start + tensor.start) for tensor in found)
+    return Header(fields, types, size, places, placed, alignment)
 
 
-def _tensor_bytes(kind: int, shape: list[int]) -> int:
+def _tensor_bytes(kind: int, shape: tuple[int, ...]) -> int:
     """0 for a type that this gguf library does not know: then the file's end is not checked for it."""
     from gguf.constants import GGML_QUANT_SIZES
 

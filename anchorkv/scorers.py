@@ -7,14 +7,16 @@ document has said so far and still decide the same however the text was chunked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
 
-from anchorkv.engines.base import SURPRISE, Bools, Floats, hidden_need
+from anchorkv.engines.base import CELLS, SURPRISE, Bools, Cells, Floats, ModelInfo
 from anchorkv.errors import ConfigError, ModelError
+from anchorkv.shipped import scorer_path
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class SegmentView:
     """Position of the first token in the stream."""
     surprise: Floats | None
     """-log p of each token, [n]."""
-    hidden: Floats | None
-    """Hidden states after one layer, [n, d]."""
+    cells: Cells | None
+    """What their cells hold."""
     vocabulary: int
 
     def __len__(self) -> int:
@@ -41,7 +43,7 @@ class Scorer(Protocol):
 
     name: str
     needs: frozenset[str]
-    """Model features that it reads: SURPRISE or hidden_need(layer)."""
+    """What it reads of the model: SURPRISE, CELLS, or nothing."""
 
     def score(self, segment: SegmentView) -> Floats:
         """Scores [n]. Called once a segment, in stream order."""
@@ -133,17 +135,35 @@ def has_content(segment: SegmentView) -> Bools:
     return np.fromiter((any(_CONTENT[byte] for byte in piece) for piece in segment.pieces), dtype=bool)
 
 
+_KIND = "anchorkv scorer of cells, 1"
 _CONTENT = [byte >= 0x80 or chr(byte).isalnum() for byte in range(256)]
+
+
+def cell_features(segment: SegmentView) -> Floats:
+    """What a trained scorer sees of each token, [n, d + layers + 4]: its cell's values, the logs of its keys' lengths,
+    its rarity, whether it has content and whether it is the segment's last, and the log of the segment's length.
+
+    The cell is there already and holds a view of every layer, so scoring needs no further look into the model.
+    """
+    if segment.cells is None:
+        raise ConfigError("A trained scorer needs what the tokens' cells hold, and this engine did not give it.")
+    last = np.zeros(len(segment), dtype=np.float32)
+    last[-1:] = 1
+    length = np.full(len(segment), np.log1p(len(segment)), dtype=np.float32)
+    return np.concatenate(
+        [segment.cells.values, np.log(segment.cells.key_norms + 1e-6)]
+        + [column[:, None].astype(np.float32) for column in (rarity(segment), has_content(segment), last, length)],
+        axis=1,
+    )
 
 
 @dataclass
 class Learned(Stateless):
-    """A trained head on one layer's hidden states: standardise, then a linear map or one hidden ReLU layer.
+    """A trained head on `cell_features`: standardise, then a linear map or one hidden ReLU layer.
 
     mean, std: [d]. weight, bias: [d] and a scalar (linear), or [m, d] and [m] with `out` [m] and `out_bias`.
     """
 
-    layer: int
     mean: Floats
     std: Floats
     weight: Floats
@@ -151,7 +171,7 @@ class Learned(Stateless):
     out: Floats | None = None
     out_bias: float = 0.0
     name: str = "learned"
-    needs: frozenset[str] = field(init=False)
+    needs: frozenset[str] = frozenset({CELLS})
 
     def __post_init__(self) -> None:
         width = self.mean.shape[0]
@@ -160,17 +180,18 @@ class Learned(Stateless):
         fits &= rows == () if self.out is None else len(rows) == 1 and self.out.shape == rows
         if not fits:
             raise ModelError("The scorer's arrays do not fit together: see anchorkv.scorers.Learned for their shapes.")
-        self.needs = frozenset({hidden_need(self.layer)})
 
     def score(self, segment: SegmentView) -> Floats:
-        if segment.hidden is None:
-            raise ConfigError(f"The scorer '{self.name}' needs the hidden states of layer {self.layer}.")
-        if segment.hidden.shape[1] != self.mean.shape[0]:
+        return self.score_features(cell_features(segment))
+
+    def score_features(self, features: Floats) -> Floats:
+        """Scores [n] of features [n, d]. Raises ModelError when they are another model's."""
+        if features.shape[1] != self.mean.shape[0]:
             raise ModelError(
-                f"The scorer '{self.name}' was trained for a hidden size of {self.mean.shape[0]}, "
-                f"but this model's is {segment.hidden.shape[1]}."
+                f"The scorer '{self.name}' was trained on another model: it reads {self.mean.shape[0]} features a "
+                f"token, and this model's cells give {features.shape[1]}."
             )
-        x = (np.asarray(segment.hidden, dtype=np.float32) - self.mean) / self.std
+        x = (features - self.mean) / self.std
         x = x @ self.weight.T + self.bias
         if self.out is not None:
             x = np.maximum(x, 0) @ self.out + np.float32(self.out_bias)
@@ -182,9 +203,10 @@ class Learned(Stateless):
 
         arrays = {"mean": self.mean, "std": self.std, "weight": self.weight, "bias": self.bias}
         if self.out is not None:
-            arrays |= {"out": self.out, "out_bias": np.asarray([self.out_bias], dtype=np.float32)}
+            arrays |= {"out": self.out, "out_bias": np.asarray([self.out_bias])}
         arrays = {key: np.array(value, dtype=np.float32, order="C") for key, value in arrays.items()}
-        save_file(arrays, str(path), metadata={"layer": str(self.layer)})
+        arrays["weight"] = arrays["weight"].astype(np.float16)  # most of the file; halves lose nothing that matters
+        save_file(arrays, str(path), metadata={"kind": _KIND})
 
     @classmethod
     def load(cls, path: str | Path) -> Learned:
@@ -193,12 +215,12 @@ class Learned(Stateless):
 
         try:
             with safe_open(str(path), framework="numpy") as file:
-                layer = int((file.metadata() or {})["layer"])
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            return cls(
-                layer, arrays["mean"], arrays["std"], arrays["weight"], arrays["bias"], arrays.get("out"),
-                float(arrays["out_bias"][0]) if "out_bias" in arrays else 0.0,
-            )
+                if (file.metadata() or {})["kind"] != _KIND:
+                    raise ValueError("another kind of file")
+                arrays = {key: file.get_tensor(key).astype(np.float32) for key in file.keys()}  # noqa: SIM118
+            out_bias = float(arrays["out_bias"][0]) if "out_bias" in arrays else 0.0
+            head = (arrays["mean"], arrays["std"], arrays["weight"], arrays["bias"])
+            return cls(*head, arrays.get("out"), out_bias)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ModelError(f"'{path}' is not a scorer that anchorkv saved ({type(error).__name__}).") from None
 
@@ -213,13 +235,15 @@ SCORERS: dict[str, Callable[[], Scorer]] = {
 }
 
 
-def scorer(name: str) -> Scorer:
-    """A fresh scorer by its name, or a trained one by the path of its .safetensors file.
+def scorer(name: str, info: ModelInfo | None = None) -> Scorer:
+    """A fresh scorer by its name, or a trained one by the path of its .safetensors file. "default" is the one trained
+    for the model `info` where the package has one, else the best that needs no training.
 
     Raises ConfigError with the known names otherwise.
     """
-    if name.endswith(".safetensors"):
-        return Learned.load(name)
+    path = scorer_path(info) if info is not None and name == "default" else None
+    if path is not None or name.endswith(".safetensors"):
+        return _load(Path(path or name))
     try:
         return SCORERS[name]()
     except KeyError:
@@ -227,3 +251,13 @@ def scorer(name: str) -> Scorer:
         raise ConfigError(
             f"There is no scorer '{name}'; choose one of {known}, or the path of a trained one (.safetensors)."
         ) from None
+
+
+@cache
+def _read(path: Path, changed: float) -> Learned:
+    return Learned.load(path)
+
+
+def _load(path: Path) -> Learned:
+    """Read once, and again when the file has changed: every session asks for its scorer."""
+    return _read(path, path.stat().st_mtime if path.exists() else 0.0)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anchorkv.config import AnchorConfig
-from anchorkv.engines.base import SURPRISE, Bools, Engine, Floats, Ints, Memory, Output, surprise_of
+from anchorkv.engines.base import CELLS, SURPRISE, Bools, Engine, Floats, Ints, Memory, Output, surprise_of
 from anchorkv.errors import AnchorKVError
 from anchorkv.interrupts import deferred_interrupt
 from anchorkv.ledger import Accounting, Ledger, State
@@ -26,7 +26,6 @@ from anchorkv.visibility import NEVER, Recalled, dense_mask, visible_from
 
 Progress = Callable[[int], None]
 Observer = Callable[[int, Output], None]
-HIDDEN = "hidden"
 
 
 class Session:
@@ -43,7 +42,7 @@ class Session:
         self.memory: Memory = engine.open()
         self.ledger = Ledger(config.recent_window)
         self.segmenter = Segmenter(config, engine.tokenizer.piece)
-        self.scorer: Scorer | None = scorer(config.scorer) if "SEL" in config.anchors else None
+        self.scorer: Scorer | None = scorer(config.scorer, engine.info) if "SEL" in config.anchors else None
         self.budget = RunningBudget(config.reduction)
         self.cell_budget = config.budget_for(engine.info.window)
         self.current = 0
@@ -55,8 +54,8 @@ class Session:
         self._left = 0  # segments below this one have left the recent window
         self._step_ends = False
         self._stale = False  # something may have become invisible since cells were last freed
-        self._features: dict[str, list[npt.NDArray[np.float32]]] = {}
-        self._features_from = 0
+        self._surprise: list[Floats] = []  # of the tokens that no scorer has seen yet, where the scorer needs it
+        self._surprise_from = 0
         self._recalled: dict[int, Ints] = {}  # segment -> positions that a recall brought back
 
     # --- reading -----------------------------------------------------------------------------------------------
@@ -134,7 +133,7 @@ class Session:
         start, stop = self._pending_from, len(self.ledger)
         if start == stop:
             return
-        needs = self.scorer.needs if self.scorer else frozenset()
+        needs = self._needs() & {SURPRISE}
         for first, last in self._runs(start, stop):
             tokens = self.ledger.tokens[first:last].tolist()
             visible, mask = self._sees(first, last)
@@ -144,14 +143,15 @@ class Session:
             )
             self._pending_from = last
             self.logits = out.logits if wanted else None
-            if needs:
-                for need, values in ((SURPRISE, out.surprise), (HIDDEN, out.hidden)):
-                    if values is not None:
-                        self._features.setdefault(need, []).append(values)
+            if needs and out.surprise is not None:
+                self._surprise.append(out.surprise)
             if self.observe:
                 self.observe(first, out)
         self.peak_cells = max(self.peak_cells, len(self.memory.positions()))
         self._free()
+
+    def _needs(self) -> frozenset[str]:
+        return self.scorer.needs if self.scorer else frozenset()
 
     def _runs(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Cut the entered tokens into decodes [first, last).
@@ -183,8 +183,7 @@ class Session:
 
     def begin_step(self, token: int) -> bool:
         """Enter one token for a joint decode. False: it needed a decode of its own and has been read already."""
-        needs = self.scorer.needs if self.scorer else frozenset()
-        if self.observe or needs - {SURPRISE} or self._pending_from < len(self.ledger):
+        if self.observe or self._pending_from < len(self.ledger):
             self.read([token])
             return False
         self._enter(token, State.WHOLE)
@@ -195,9 +194,8 @@ class Session:
                 self._close_segment()
             self._compute()
             return False
-        if SURPRISE in needs:
-            value = np.asarray([surprise_of(next_logits(self), token)], dtype=np.float32)
-            self._features.setdefault(SURPRISE, []).append(value)
+        if SURPRISE in self._needs():
+            self._surprise.append(np.asarray([surprise_of(next_logits(self), token)], dtype=np.float32))
         return True
 
     def end_step(self, out: Output) -> None:
@@ -241,11 +239,11 @@ class Session:
         if self.scorer.needs and stop > self._pending_from:
             self._compute()
         tokens = self.ledger.tokens[span].tolist()
-        features = self._features_of(span)
         scores = self.scorer.score(
             SegmentView(
                 tokens=tokens, pieces=[self.engine.tokenizer.piece(token) for token in tokens], start=int(span[0]),
-                surprise=features.get(SURPRISE), hidden=features.get(HIDDEN),
+                surprise=self._surprise_of(span) if SURPRISE in self.scorer.needs else None,
+                cells=self.memory.read_cells(span) if CELLS in self.scorer.needs else None,
                 vocabulary=self.engine.info.vocabulary,
             )
         )
@@ -257,13 +255,13 @@ class Session:
         column("anchor")[chosen] = True
         self.ledger.mark(chosen, State.ANCHOR, f"chosen by '{self.config.scorer}' (SEL)")
 
-    def _features_of(self, span: Ints) -> dict[str, Floats]:
-        """What the engine returned for the tokens of `span`; it and everything older is then let go."""
-        found = {need: np.concatenate(parts) for need, parts in self._features.items()}
-        rows = span - self._features_from
-        self._features_from = int(span[-1]) + 1
-        self._features = {need: [values[rows[-1] + 1 :]] for need, values in found.items()}
-        return {need: values[rows] for need, values in found.items()}
+    def _surprise_of(self, span: Ints) -> Floats:
+        """-log p of the tokens of `span`; theirs and everything older is then let go."""
+        found = np.concatenate(self._surprise)
+        rows = span - self._surprise_from
+        self._surprise_from = int(span[-1]) + 1
+        self._surprise = [found[rows[-1] + 1 :]]
+        return found[rows]
 
     def _evict(self) -> None:
         """Cell budget: the oldest anchors go first, so that what stays and the text being read fit."""
@@ -353,7 +351,7 @@ class Session:
         other.segmenter = self.segmenter.copy()
         other.scorer = self.scorer.copy() if self.scorer else None
         other.budget = self.budget.copy()
-        other._features = {need: list(parts) for need, parts in self._features.items()}
+        other._surprise = list(self._surprise)
         other._recalled = dict(self._recalled)
         return other
 
@@ -363,14 +361,15 @@ class Session:
         ledger, fields = self.ledger.state()
         arrays = {f"ledger.{name}": values for name, values in ledger.items()}
         arrays |= {f"memory.{name}": values for name, values in self.memory.state().items()}
-        arrays |= {f"features.{need}": np.concatenate(parts) for need, parts in self._features.items()}
+        if self._surprise:
+            arrays["surprise"] = np.concatenate(self._surprise)
         arrays |= {f"recalled.{segment}": lost for segment, lost in self._recalled.items()}
         arrays["budget"] = self.budget.state()
         if self.logits is not None:
             arrays["logits"] = self.logits
         own = {
             "current": self.current, "left": self._left, "peak_cells": self.peak_cells,
-            "features_from": self._features_from, "ledger": fields,
+            "surprise_from": self._surprise_from, "ledger": fields,
         }
         return arrays, own
 
@@ -390,8 +389,8 @@ class Session:
         session.budget = RunningBudget.restore(config.reduction, arrays["budget"])
         session.current, session._left = int(fields["current"]), int(fields["left"])
         session.peak_cells = int(fields["peak_cells"])
-        session._features = {need: [values] for need, values in part("features.").items()}
-        session._features_from = int(fields["features_from"])
+        session._surprise = [arrays["surprise"]] if "surprise" in arrays else []
+        session._surprise_from = int(fields["surprise_from"])
         session._recalled = {int(segment): lost for segment, lost in part("recalled.").items()}
         session.logits = arrays.get("logits")
         session._pending_from = len(session.ledger)

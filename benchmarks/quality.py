@@ -41,6 +41,8 @@ def policies(reduction: float) -> dict[str, AnchorConfig]:
         "no-memory": base.replace(anchors=()),
         "default": base,
         "default 20x": base.replace(reduction=20),
+        "untrained": base.replace(scorer="landmarks"),
+        "untrained 20x": base.replace(scorer="landmarks", reduction=20),
         "surprise": base.replace(scorer="surprise"),
         "frequency": base.replace(scorer="frequency"),
         "random": base.replace(scorer="random"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from anchorkv.engines.base import SURPRISE, Bools, Ints, Memory, ModelInfo, Output, surprise_of
+from anchorkv.engines.base import SURPRISE, Bools, Cells, Ints, Memory, ModelInfo, Output, surprise_of
 from anchorkv.errors import SavedStateError
 
 END, OPEN, ANCHOR = 256, 257, 258
@@ -73,8 +73,7 @@ class FakeMemory:
         if SURPRISE in needs:
             follows = [surprise_of(row, token) for row, token in zip(rows, tokens[1:], strict=False)]
             surprise = np.asarray([1.0, *follows], dtype=np.float32)
-        hidden = np.asarray([self.engine.table[t][:HIDDEN_SIZE] for t in tokens], dtype=np.float32)
-        return Output(rows[-1], surprise, hidden if any(need.startswith("hidden") for need in needs) else None)
+        return Output(rows[-1], surprise)
 
     def drop(self, positions: Ints) -> None:
         for position in positions.tolist():
@@ -88,6 +87,10 @@ class FakeMemory:
 
     def nbytes(self) -> int:
         return len(self.cells) * self.engine.info.cell_bytes
+
+    def read_cells(self, positions: Ints) -> Cells:
+        values = np.asarray([self.engine.table[self.cells[p]][:HIDDEN_SIZE] for p in positions.tolist()])
+        return Cells(values.astype(np.float32), np.abs(values[:, :2]).astype(np.float32))
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         return {"cells": np.asarray(sorted(self.cells.items()), dtype=np.int64).reshape(-1, 2)}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from anchorkv.config import AnchorConfig, preset
+from anchorkv.scorers import Learned
 
 POLICIES = {
     "paper-ep": preset("paper-ep"),
@@ -41,3 +44,14 @@ def chunks(count: int, how: str) -> list[slice]:
         "chunks": sorted(set(random.integers(1, count, size=9).tolist())),
     }[how]
     return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, count], strict=True)]
+
+
+def random_head(width: int, path: Path) -> AnchorConfig:
+    """A policy whose scorer is a random head on the cells of a model with `width` features, saved at `path`."""
+    rng = np.random.default_rng(5)
+    learned = Learned(
+        np.zeros(width, dtype=np.float32), np.ones(width, dtype=np.float32),
+        rng.standard_normal(width).astype(np.float32), np.float32(0),
+    )
+    learned.save(path)
+    return AnchorConfig(reduction=4, recent_window=1, max_segment=24, scorer=str(path))

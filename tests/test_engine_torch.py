@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, MambaConfig, T5Config
 
-from anchorkv.engines.base import SURPRISE, Bools, Ints, hidden_need
+from anchorkv.engines.base import SURPRISE, Bools, Ints
 from anchorkv.engines.torch import TorchEngine
 from anchorkv.engines.torch_memory import TorchMemory
 from anchorkv.engines.torch_model import fingerprint
@@ -273,17 +273,17 @@ def test_a_recall_does_not_disturb_the_next_surprise() -> None:
 
 
 @every_architecture
-def test_hidden_states_of_a_layer(architecture: str) -> None:
-    tokens, own = text(12), engine(architecture)
-    with torch.no_grad():
-        states = own.model(input_ids=torch.tensor([tokens[:20]]), output_hidden_states=True).hidden_states
-    for need, logits in ((hidden_need(1), True), (hidden_need(1), False)):
-        hidden = own.open().decode(tokens[:20], 0, needs=frozenset({need}), logits=logits).hidden
-        assert close(hidden, states[1][0])
-    with pytest.raises(ModelError, match="hidden"):
-        own.open().decode(tokens, 0, needs=frozenset({hidden_need(3)}))
-    with pytest.raises(ModelError, match="attention"):
-        own.open().decode(tokens, 0, needs=frozenset({"attention"}))
+def test_cells_are_read_as_they_are_held(architecture: str) -> None:
+    memory = engine(architecture).open()
+    memory.decode(text(12)[:20], 0)
+    memory.drop(np.arange(5, 9))
+    cells = memory.read_cells(np.array([3, 4, 9, 15]))
+    (keys, values), rows = memory.cells.layers[1].held(), [3, 4, 5, 11]
+    wide = values[0].transpose(0, 1).flatten(1)[rows]
+    assert close(cells.values[:, -wide.shape[1] :], wide)
+    assert close(cells.key_norms[:, 1], keys[0, :, rows].norm(dim=(0, 2)))
+    with pytest.raises(ModelError, match="not held"):
+        memory.read_cells(np.array([4, 5]))
 
 
 @pytest.mark.parametrize("architecture", ["mistral_sliding", "gemma3"])
@@ -322,7 +322,7 @@ def test_no_memory_left_leaves_the_cells_as_they_were(monkeypatch: pytest.Monkey
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(engine().layers[1]), "forward", full)
+        patch.setattr(type(engine().model.model.layers[1]), "forward", full)
         with pytest.raises(CapacityError, match="no memory left"):
             memory.decode([5], 10)
     assert memory.positions().tolist() == list(range(10))

@@ -6,16 +6,19 @@ The reference is a float64 forward written for the tests (tiny_gguf), masked by 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_gguf
 from numpy.typing import NDArray
-from policies import POLICIES, TEXT, chunks
+from policies import POLICIES, TEXT, chunks, random_head
 
 from anchorkv.config import preset
 from anchorkv.decode import step_together
 from anchorkv.engines.llama import LlamaEngine
+from anchorkv.errors import ModelError
 from anchorkv.ledger import Ledger, State
 from anchorkv.session import Session
 from anchorkv.visibility import dense_mask
@@ -62,6 +65,37 @@ def test_chunking_never_changes_what_is_kept(engine: LlamaEngine, name: str) -> 
                 session.read(tokens[part])
             states.append((session.ledger.column("state").tolist(), session.ledger.column("segment").tolist()))
     assert states[0] == states[1] == states[2]
+
+
+def test_a_head_on_cells_chooses_alike_however_the_text_arrives(engine: LlamaEngine, tmp_path: Path) -> None:
+    policy = random_head(tiny_gguf.LAYERS * (tiny_gguf.KV_HEADS * tiny_gguf.HEAD + 1) + 4, tmp_path / "h.safetensors")
+    tokens, kept = engine.tokenizer.encode(TEXT), []
+    for how in ("whole", "chunks", "token"):
+        with Session(engine, policy) as session:
+            for part in chunks(len(tokens), how):
+                session.read(tokens[part])
+            assert session.logits is not None
+            assert tiny_gguf.kl(expected(session.ledger)[-1:], session.logits[None]).max() <= 1e-3
+            kept.append(session.memory.positions().tolist())
+    assert kept[0] == kept[1] == kept[2]
+
+
+@pytest.mark.parametrize("kind", [{}, {"flash_attention": True}])
+def test_cells_are_read_alike_in_every_form(tmp_path_factory: pytest.TempPathFactory, kind: dict[str, Any]) -> None:
+    path = tiny_gguf.write(tmp_path_factory.mktemp("gguf") / "t.gguf")
+    engine, plain = LlamaEngine.load(path, threads=1, **kind), LlamaEngine.load(path, threads=1)
+    found = []
+    for each in (engine, plain):
+        memory = each.open()
+        memory.decode(each.tokenizer.encode(TEXT)[:60], 0)
+        memory.drop(np.arange(10, 20))
+        memory.decode([70, 71], 60)
+        found.append(memory.read_cells(np.array([3, 4, 30, 31, 61])))
+        with pytest.raises(ModelError, match="not held"):
+            memory.read_cells(np.array([9, 10]))
+        each.close()
+    np.testing.assert_allclose(found[0].values, found[1].values, atol=0.05)
+    np.testing.assert_allclose(found[0].key_norms, found[1].key_norms, rtol=0.02)
 
 
 @pytest.mark.parametrize("name", ["paper-ep", "paper-ac", "sel-nothing-recent", "ac-3-sinks"])

@@ -58,6 +58,21 @@ def test_llama_on_f16_equals_pytorch_in_fp32(f16: Path, name: str) -> None:
     assert divergence.mean() <= 1e-3
 
 
+def test_cells_say_the_same_on_both_engines(f16: Path) -> None:
+    pytest.importorskip("torch")
+    from anchorkv.engines.torch import TorchEngine
+
+    found = []
+    for engine in (LlamaEngine.load(f16), TorchEngine.load(str(f16), dtype="fp32")):
+        memory = engine.open()
+        memory.decode(engine.tokenizer.encode(EXAMPLE.read_text(encoding="utf-8"))[:60], 0)
+        found.append(memory.read_cells(np.arange(10, 60)))
+        engine.close()
+    for name in ("values", "key_norms"):
+        ours, theirs = (getattr(cells, name) for cells in found)
+        assert np.abs(ours - theirs).mean() <= 0.01 * np.abs(theirs).mean()
+
+
 def test_the_readme_example(tmp_path: Path) -> None:
     with anchorkv.load() as model:
         document = model.read(EXAMPLE)

@@ -3,30 +3,46 @@
 import numpy as np
 import pytest
 
-from anchorkv.engines.base import SURPRISE, hidden_need
+from anchorkv.engines.base import CELLS, SURPRISE, Cells
 from anchorkv.errors import ConfigError, ModelError
-from anchorkv.scorers import SCORERS, Endpoint, Frequency, Landmarks, Learned, Random, SegmentView, Surprise, scorer
+from anchorkv.scorers import (
+    SCORERS,
+    Endpoint,
+    Frequency,
+    Landmarks,
+    Learned,
+    Random,
+    SegmentView,
+    Surprise,
+    cell_features,
+    scorer,
+)
 
 PIECES = {1: b"", 5: b".", 6: b"\n\n", 300: b" the", 20000: b" whale", 40000: b" Ahab", 350: b"ing", 400: "鯨".encode()}
 
 
-def view(tokens, start=0, surprise=None, hidden=None, vocabulary=49152):
+def view(tokens, start=0, surprise=None, cells=None, vocabulary=49152):
     return SegmentView(
         tokens=tokens, pieces=[PIECES.get(token, b" x") for token in tokens], start=start, surprise=surprise,
-        hidden=hidden, vocabulary=vocabulary,
+        cells=cells, vocabulary=vocabulary,
     )
 
 
-def head(layer=3, width=8, inner=None, seed=0):
+def some_cells(count):
+    rng = np.random.default_rng(1)
+    return Cells(rng.standard_normal((count, 2)).astype(np.float32), rng.random((count, 2)).astype(np.float32))
+
+
+def head(width=8, inner=None, seed=0):
     rng = np.random.default_rng(seed)
 
     def random(*shape):
         return rng.standard_normal(shape).astype(np.float32)
 
     if inner is None:
-        return Learned(layer, random(width), 1 + random(width) ** 2, random(width), random()[()])
+        return Learned(random(width), 1 + random(width) ** 2, random(width), random()[()])
     return Learned(
-        layer, random(width), 1 + random(width) ** 2, random(inner, width), random(inner), random(inner), 0.25
+        random(width), 1 + random(width) ** 2, random(inner, width), random(inner), random(inner), 0.25
     )
 
 
@@ -91,7 +107,7 @@ def test_surprise_is_the_models_own():
 def test_a_missing_feature_is_named():
     with pytest.raises(ConfigError, match="surprise"):
         Surprise().score(view([300]))
-    with pytest.raises(ConfigError, match="layer 3"):
+    with pytest.raises(ConfigError, match="cells hold"):
         head().score(view([300]))
 
 
@@ -106,26 +122,29 @@ def test_random_depends_on_position_and_token_alone():
 @pytest.mark.parametrize("inner", [None, 4])
 def test_learned_is_a_standardised_head(inner, tmp_path):
     learned = head(inner=inner)
-    hidden = np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32)
-    x = (hidden - learned.mean) / learned.std
+    seen = view([300, 1, 20000, 5, 40000], cells=some_cells(5))
+    features = cell_features(seen)
+    assert features.shape == (5, 8)
+    assert features[:, 6].tolist() == [0, 0, 0, 0, 1]
+    x = (features - learned.mean) / learned.std
     if inner is None:
         expected = [float(learned.weight @ row + learned.bias) for row in x]
     else:
         expected = [float(np.maximum(learned.weight @ row + learned.bias, 0) @ learned.out + 0.25) for row in x]
-    scores = learned.score(view([300] * 5, hidden=hidden))
+    scores = learned.score(seen)
     assert scores == pytest.approx(expected, abs=1e-4)
-    assert learned.needs == {hidden_need(3)}
+    assert learned.needs == {CELLS}
     learned.save(tmp_path / "head.safetensors")
     again = scorer(str(tmp_path / "head.safetensors"))
     assert again.needs == learned.needs
-    assert (again.score(view([300] * 5, hidden=hidden)) == scores).all()
+    assert again.score(seen) == pytest.approx(scores, abs=0.02)  # weights are stored as halves
 
 
 def test_learned_refuses_what_does_not_fit(tmp_path):
-    with pytest.raises(ModelError, match="hidden size of 8"):
-        head().score(view([300], hidden=np.zeros((1, 9), dtype=np.float32)))
+    with pytest.raises(ModelError, match="reads 9 features"):
+        head(width=9).score(view([300], cells=some_cells(1)))
     with pytest.raises(ModelError, match="do not fit"):
-        Learned(1, np.zeros(3), np.ones(3), np.zeros((2, 3)), np.zeros(2))
+        Learned(np.zeros(3), np.ones(3), np.zeros((2, 3)), np.zeros(2))
     with pytest.raises(ModelError, match="not a scorer"):
         scorer(str(tmp_path / "missing.safetensors"))
     (tmp_path / "damaged.safetensors").write_bytes(b"abc")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from anchorkv.cli import chat, inspect, models, run
+from anchorkv.cli import chat, export, inspect, models, run, train
 from anchorkv.cli.screen import stderr
 from anchorkv.errors import AnchorKVError
 
@@ -38,6 +38,8 @@ app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("inspect")(inspect.inspect)
 app.command("models")(models.models)
+app.command("train")(train.train)
+app.command("export")(export.export)
 
 
 def _version(wanted: bool) -> None:

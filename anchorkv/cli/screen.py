@@ -51,19 +51,26 @@ def write_file(path: str | Path, text: str) -> None:
 
 
 @contextmanager
+def work_bar(title: str, unit: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, as a callback (units done, units in all)."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn(), MofNCompleteColumn(),
+        TextColumn(unit), TimeRemainingColumn(compact=True),
+    )
+    console = stderr()
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
 def reading_bar(title: str, window: int, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, as the callback (tokens done, tokens in all) that reading takes.
+    """A progress bar as the callback (tokens done, tokens in all) that reading takes.
 
     window: the model's context length; a longer text gets one note, for the model never learned such positions.
     """
-    columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn(), MofNCompleteColumn(),
-        TextColumn("tokens"), TimeRemainingColumn(compact=True),
-    )
-    console = stderr()
     warned = False
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(f"Reading {title}", total=None)
+    with work_bar(f"Reading {title}", "tokens", quiet) as bar:
 
         def report(done: int, total: int) -> None:
             nonlocal warned
@@ -73,7 +80,7 @@ def reading_bar(title: str, window: int, quiet: bool) -> Iterator[Callable[[int,
                     f"{title} has {total:,} tokens, the model was trained for {window:,}; positions beyond that were "
                     "never trained, and answers on them may be poor."
                 )
-            bar.update(task, completed=done, total=total)
+            bar(done, total)
 
         yield report
 

@@ -19,11 +19,8 @@ Ints = npt.NDArray[np.int64]
 
 SURPRISE = "surprise"
 """In `needs`: the engine returns each token's own -log p."""
-
-
-def hidden_need(layer: int) -> str:
-    """In `needs`: the engine returns the hidden states after `layer` (1-based; the final norm is not applied)."""
-    return f"hidden:{layer}"
+CELLS = "cells"
+"""In a scorer's `needs`: what the tokens' cells hold (`Memory.read_cells`)."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,21 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Output:
-    """What one decode gave. `logits`: [vocabulary] of the last token; `surprise`: [n]; `hidden`: [n, hidden_size]."""
+    """What one decode gave. `logits`: [vocabulary] of the last token; `surprise`: [n]."""
 
     logits: Floats
     surprise: Floats | None = None
-    hidden: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What n held cells say, alike on every engine: keys enter by their length, which no rotation changes.
+
+    values: [n, d], all layers and heads one behind the other. key_norms: [n, layers].
+    """
+
+    values: Floats
+    key_norms: Floats
 
 
 class Tokenizer(Protocol):
@@ -107,6 +114,9 @@ class Memory(Protocol):
 
     def nbytes(self) -> int:
         """Bytes of keys and values of the cells held now, read from the engine's own structures."""
+
+    def read_cells(self, positions: Ints) -> Cells:
+        """What the cells at `positions` [n] hold; all of them must be held. Raises ModelError where they are not."""
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything `Engine.restore` needs, as named arrays."""

@@ -20,18 +20,13 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from anchorkv.engines.base import SURPRISE, Bools, Floats, Ints, ModelInfo, Output, Tokenizer
+from anchorkv.engines.base import SURPRISE, Bools, Cells, Floats, Ints, ModelInfo, Output, Tokenizer
 from anchorkv.engines.llama_file import describe, fast_copy, open_model
+from anchorkv.engines.llama_state import META, metas, read_cells
 from anchorkv.engines.llama_vocab import LlamaTokenizer
 from anchorkv.errors import CapacityError, ModelError, SavedStateError
 
 _SCRATCH, _ALIAS, _FIRST = 0, 1, 2
-_META_BYTES = 12
-"""A cell's position, its number of sequences and its sequence id, in llama.cpp's sequence state."""
-_HEADER = np.dtype(
-    [("magic", "<u4"), ("sequence", "<i4"), ("streams", "<u4"), ("cells", "<u4"), ("position", "<i4")]
-)
-"""How llama.cpp's state of a sequence begins (llama-context.cpp, llama-kv-cache.cpp of llama-cpp-python 0.3.36)."""
 
 
 class LlamaEngine:
@@ -211,7 +206,7 @@ class LlamaEngine:
         two = self._state_size(_SCRATCH)
         llama_cpp.llama_memory_seq_rm(self._kv, _SCRATCH, -1, -1)
         self._state_base = one - (two - one)
-        return two - one - _META_BYTES
+        return two - one - META.itemsize
 
     # --- sequences ---------------------------------------------------------------------------------------------
 
@@ -227,10 +222,7 @@ class LlamaEngine:
         kv = self._kv
         llama_cpp.llama_memory_seq_cp(kv, sequence, _ALIAS, position, position + 1)
         blob = self._state_blob(_ALIAS).copy()
-        header = blob[: _HEADER.itemsize].view(_HEADER)[0]
-        if header["streams"] != 1 or header["cells"] != 1 or header["position"] != position:
-            raise ModelError("This llama.cpp keeps sequence states in another form; install llama-cpp-python 0.3.36.")
-        blob[: _HEADER.itemsize].view(_HEADER)["position"] = at
+        metas(blob)["position"] = at
         llama_cpp.llama_memory_seq_rm(kv, _ALIAS, -1, -1)
         llama_cpp.llama_memory_seq_rm(kv, sequence, position, position + 1)
         data = (ctypes.c_uint8 * len(blob)).from_buffer_copy(blob.tobytes())
@@ -341,8 +333,21 @@ class LlamaMemory:
     def nbytes(self) -> int:
         """From the size of the sequence's state, which llama.cpp counts over its own cells."""
         engine = self._engine
-        cells = (engine._state_size(self.sequence) - engine._state_base) // (engine.info.cell_bytes + _META_BYTES)
+        cells = (engine._state_size(self.sequence) - engine._state_base) // (engine.info.cell_bytes + META.itemsize)
         return max(0, cells) * engine.info.cell_bytes
+
+    def read_cells(self, positions: Ints) -> Cells:
+        """As the protocol says."""
+        engine = self._engine
+        for first, end in _runs(positions):
+            llama_cpp.llama_memory_seq_cp(engine._kv, self.sequence, _ALIAS, first, end)
+        try:
+            found, cells = read_cells(engine._state_blob(_ALIAS))
+        finally:
+            llama_cpp.llama_memory_seq_rm(engine._kv, _ALIAS, -1, -1)
+        if not np.array_equal(found, positions):
+            raise ModelError("Cells that are not held cannot be read.")
+        return cells
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         state: dict[str, npt.NDArray[Any]] = {

@@ -10,15 +10,13 @@ with a full cache; full-attention layers see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from anchorkv.engines.base import Bools, Ints, ModelInfo, Output, Tokenizer
 from anchorkv.engines.torch_cache import CellCache, CellRows
@@ -28,7 +26,6 @@ from anchorkv.engines.torch_model import (
     FULL,
     cache_argument,
     check_arguments,
-    decoder_layers,
     fingerprint,
     layer_kinds,
     rope_types,
@@ -63,7 +60,6 @@ class TorchEngine:
         self.sliding_window = int(getattr(self.config, "sliding_window", None) or 0)
         self._accepted = check_arguments(self.model)
         self._mask_of = self._masks()
-        self.layers = decoder_layers(model, self.config.num_hidden_layers)
         # Positions decide these frequencies for a whole batch: rows of different length must not share one.
         self._rows_apart = rope_types(self.config) & {"dynamic", "longrope"} != set()
         self._rows: CellRows | None = None
@@ -148,7 +144,7 @@ class TorchEngine:
                 keys[r, :held], keys[r, held] = cache.held, queries[r, 0]
                 seen[r, 0, :held] = cache.held < queries[r, 0]
                 seen[r, 0, held] = True
-            out, _ = self.forward([[token] for _, token, _ in steps], queries, keys, seen, self._rows, logits=1)
+            out = self.forward([[token] for _, token, _ in steps], queries, keys, seen, self._rows, logits=1)
             numbers = floats(out[:, -1])
         for r, (memory, _, position) in enumerate(steps):
             memory.cells.commit(position, 1)
@@ -165,14 +161,13 @@ class TorchEngine:
     @torch.no_grad()
     def forward(
         self, tokens: Sequence[Sequence[int]], queries: Ints, keys: Ints, seen: Bools, cache: CellCache | CellRows,
-        *, logits: int = 1, layer: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        *, logits: int = 1,
+    ) -> torch.Tensor:
         """Run tokens [rows, n] at positions `queries` [rows, n] over keys at positions `keys` [rows, k].
 
         seen: [rows, n, k], what the rule allows; sliding windows are added here.
         logits: for how many of the last tokens; 0 leaves the output matrix out.
-        layer: whose hidden states to return (1-based).
-        Returns (logits [rows, logits, vocabulary], hidden [rows, n, hidden_size] or None).
+        Returns logits [rows, logits, vocabulary].
         """
         arguments = {
             "input_ids": torch.tensor(tokens, device=self.device),
@@ -181,15 +176,13 @@ class TorchEngine:
             cache_argument(self._accepted): cache,
             "use_cache": True,
         }
-        found: list[torch.Tensor] = []
-        with _listening(self.layers[layer - 1] if layer else None, found):
-            if not logits:
-                self.model.base_model(**arguments)
-                return torch.empty(len(tokens), 0), found[0] if found else None
-            if "logits_to_keep" in self._accepted:
-                arguments["logits_to_keep"] = logits
-            out = self.model(**arguments).logits[:, -logits:]
-        return out, found[0] if found else None
+        if not logits:
+            self.model.base_model(**arguments)
+            return torch.empty(len(tokens), 0)
+        if "logits_to_keep" in self._accepted:
+            arguments["logits_to_keep"] = logits
+        out: torch.Tensor = self.model(**arguments).logits[:, -logits:]
+        return out
 
     def _attention_mask(self, queries: Ints, keys: Ints, seen: Bools) -> Any:
         """What the model takes as `attention_mask`: None where that means the same and is faster."""
@@ -240,7 +233,7 @@ class TorchEngine:
             memory.drop(np.array([1, 2]))
             got = memory.decode(tokens[4:], 4).logits
             cells = CellCache(self.config.num_hidden_layers)
-            out, _ = self.forward([kept], apart, apart, np.tri(3, dtype=bool)[None], cells)
+            out = self.forward([kept], apart, apart, np.tri(3, dtype=bool)[None], cells)
             wanted = floats(out[0, -1])
             self._shapes = [tuple((t.shape[1], t.shape[3]) for t in layer.held()) for layer in memory.cells.layers]
         except ModelError:
@@ -273,23 +266,6 @@ def _is_causal(mask: Bools, n: int) -> bool:
     if n == 1:
         return bool(mask.all())
     return mask.shape[1] == mask.shape[2] and bool((mask == np.tri(n, dtype=bool)).all())
-
-
-@contextmanager
-def _listening(layer: nn.Module | None, found: list[torch.Tensor]) -> Iterator[None]:
-    """Collect what `layer` returns while the block runs."""
-    if layer is None:
-        yield
-        return
-
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = layer.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _line(error: Exception) -> str:

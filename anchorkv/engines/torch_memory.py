@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from anchorkv.engines.base import SURPRISE, Bools, Floats, Ints, Output
+from anchorkv.engines.base import SURPRISE, Bools, Cells, Floats, Ints, Output
 from anchorkv.engines.torch_cache import CellCache
 from anchorkv.errors import CapacityError, ModelError
 
@@ -52,12 +52,11 @@ class TorchMemory:
                              f"({n}, {len(keys)})")
         else:
             seen = mask
-        layer = _hidden_layer(needs, len(engine.layers))
+        if needs - {SURPRISE}:
+            raise ModelError(f"The torch engine cannot give {', '.join(sorted(needs - {SURPRISE}))}.")
         rows = n if SURPRISE in needs else int(logits)
         with out_of_memory():
-            out, hidden = engine.forward(
-                [list(tokens)], queries[None], keys[None], seen[None], self.cells, logits=rows, layer=layer
-            )
+            out = engine.forward([list(tokens)], queries[None], keys[None], seen[None], self.cells, logits=rows)
             surprise = None
             if SURPRISE in needs:
                 surprise = self._surprise(out[0], tokens, start)
@@ -65,7 +64,6 @@ class TorchMemory:
             output = Output(
                 logits=np.empty(0, dtype=np.float32) if last is None or not logits else floats(last),
                 surprise=surprise,
-                hidden=None if hidden is None else floats(hidden[0]),
             )
         self.cells.commit(start, n)
         self.look_ahead(start + n, last)
@@ -122,6 +120,19 @@ class TorchMemory:
         """Give back the room to grow, for a session that will rest."""
         self.cells.trim()
 
+    def read_cells(self, positions: Ints) -> Cells:
+        """As the protocol says."""
+        rows = np.searchsorted(self.cells.held, positions)
+        if not np.array_equal(self.cells.held[np.minimum(rows, len(self.cells.held) - 1)], positions):
+            raise ModelError("Cells that are not held cannot be read.")
+        picked = torch.from_numpy(rows)
+        values, norms = [], []
+        for layer in self.cells.layers:
+            keys, own = (t[0].index_select(1, picked.to(t.device)).float() for t in layer.held())  # [heads, n, dim]
+            values.append(own.transpose(0, 1).flatten(1))
+            norms.append(keys.square().sum(dim=(0, 2)).sqrt())
+        return Cells(floats(torch.cat(values, dim=1)), floats(torch.stack(norms, dim=1)))
+
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """positions [m] int64; dtype; keys.<layer>, values.<layer> [kv_heads, m, head_dim] (bf16 as uint16 bits);
         ahead.position and ahead.logits [vocabulary] when known."""
@@ -141,17 +152,6 @@ class TorchMemory:
         """Free all cells."""
         self.cells = CellCache(len(self.cells.layers))
         self.ahead = None
-
-
-def _hidden_layer(needs: frozenset[str], layers: int) -> int | None:
-    """The layer that "hidden:<layer>" in `needs` names. Raises ModelError for needs this engine cannot meet."""
-    wanted = sorted(needs - {SURPRISE})
-    if not wanted:
-        return None
-    kind, _, number = wanted[0].partition(":")
-    if len(wanted) > 1 or kind != "hidden" or not number.isdigit() or not 1 <= int(number) <= layers:
-        raise ModelError(f"The model gives surprise and one hidden:<1..{layers}>, not {', '.join(wanted)}.")
-    return int(number)
 
 
 @contextmanager

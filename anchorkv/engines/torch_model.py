@@ -8,7 +8,6 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
 
 from anchorkv.errors import ModelError
 
@@ -65,14 +64,6 @@ def check_arguments(model: Any) -> frozenset[str]:
         lacks = " and no ".join(missing)
         raise ModelError(f"The model ({type(model).__name__}) takes no {lacks}, so it cannot be anchored.")
     return accepted
-
-
-def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
-    """The ModuleList of the decoder's layers: the first that is `count` long."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ModelError(f"The decoder layers of {type(model).__name__} were not found.")
 
 
 def rope_types(config: Any) -> set[str]:

@@ -1,0 +1,37 @@
+"""What the package brings along for a model that it knows: a trained scorer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from anchorkv.engines.base import ModelInfo
+
+FOLDER = Path(__file__).parent / "shipped"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model by its name and its shape: fingerprints differ from quantisation to quantisation, these do not."""
+
+    name: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+    def is_model(self, info: ModelInfo) -> bool:
+        shape = (info.layers, info.kv_heads, info.head_dim, info.vocabulary)
+        return self.name in info.name and shape == (self.layers, self.kv_heads, self.head_dim, self.vocabulary)
+
+
+KNOWN = (Known("SmolLM2-135M-Instruct", layers=30, kv_heads=3, head_dim=64, vocabulary=49152),)
+
+
+def scorer_path(info: ModelInfo) -> Path | None:
+    """The scorer that was trained for this model, None where there is none."""
+    for known in KNOWN:
+        path = FOLDER / known.name / "scorer.safetensors"
+        if known.is_model(info) and path.is_file():
+            return path
+    return None

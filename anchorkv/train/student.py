@@ -1,0 +1,210 @@
+"""One training step's forward: the teacher reads with the full cache, the student under the anchor rule.
+
+Which token sees which comes from `plan.py`, so a block is read exactly as inference reads it: true positions, added
+anchors, chosen anchors, and whatever the drawn policy frees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from anchorkv.config import AnchorConfig
+from anchorkv.engines.base import CELLS, Bools, Cells, Ints, ModelInfo, Tokenizer
+from anchorkv.engines.torch_memory import floats
+from anchorkv.engines.torch_model import cache_argument, check_arguments
+from anchorkv.errors import ConfigError
+from anchorkv.ledger import Ledger
+from anchorkv.scorers import scorer
+from anchorkv.train.objective import loss
+from anchorkv.train.plan import PlanningEngine, plan
+from anchorkv.visibility import NEVER, Recalled, dense_mask
+
+
+@dataclass(frozen=True)
+class Policies:
+    """Policies are drawn anew for every document, so that one adapter serves every budget and takes recall well."""
+
+    base: AnchorConfig
+    reductions: tuple[float, float] = (4.0, 30.0)
+    """Drawn evenly on a logarithmic scale (SEL)."""
+    windows: tuple[int, ...] = (0, 1, 1, 2)
+    recall_share: float = 0.1
+    """Share of the segments that are left visible, as if recalled …"""
+    recall_documents: float = 0.3
+    """… in this share of the documents."""
+
+    def draw(self, random: np.random.Generator) -> tuple[AnchorConfig, float]:
+        """A policy, and the share of its segments to recall."""
+        low, high = np.log(self.reductions)
+        window = int(random.choice(self.windows))
+        changes: dict[str, Any] = {"recall": "off", "cell_budget": None, "recent_window": window}
+        if "SEL" in self.base.anchors:
+            changes["reduction"] = float(np.exp(random.uniform(low, high)))
+        recalled = self.recall_share if random.random() < self.recall_documents else 0.0
+        return self.base.replace(**changes), recalled
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the student reads a block of n real tokens, one document or several beside each other."""
+
+    tokens: Ints
+    """With added anchors, [m]."""
+    positions: Ints
+    """[m]; every document starts at 0."""
+    mask: Bools
+    """[m, m]."""
+    asks: Ints
+    """For each scored token: the student's row that predicts it."""
+    answers: Ints
+    """For each scored token: its index among the real tokens; the teacher predicts it from the one before."""
+
+
+def recall_some(ledger: Ledger, share: float, random: np.random.Generator) -> None:
+    """Leave a share of the segments visible to everything that follows them."""
+    numbers = np.flatnonzero(random.random(ledger.segments) < share)
+    ledger.recalls.extend(Recalled(int(number), 0, NEVER) for number in numbers)
+
+
+def reading(ledger: Ledger, *, every: bool = False) -> Reading:
+    """The mask and the scored tokens of a planned document: those whose prediction has lost sight of something, or
+    `every` one."""
+    mask = dense_mask(ledger.layout())
+    real = np.flatnonzero(~ledger.column("added"))
+    asks = real[1:] - 1
+    thinned = np.ones(len(asks), dtype=bool) if every else mask[asks].sum(axis=1) < asks + 1
+    return Reading(ledger.tokens.copy(), np.arange(len(mask)), mask, asks[thinned], np.arange(1, len(real))[thinned])
+
+
+def join(readings: Sequence[Reading], sizes: Sequence[int]) -> Reading:
+    """Documents of `sizes` real tokens beside each other; none sees another."""
+    width = sum(len(found.tokens) for found in readings)
+    mask, asks, answers, at, real = np.zeros((width, width), dtype=bool), [], [], 0, 0
+    for found, size in zip(readings, sizes, strict=True):
+        end = at + len(found.tokens)
+        mask[at:end, at:end] = found.mask
+        asks.append(found.asks + at)
+        answers.append(found.answers + real)
+        at, real = end, real + size
+    tokens, positions = (np.concatenate([getattr(r, name) for r in readings]) for name in ("tokens", "positions"))
+    return Reading(tokens, positions, mask, np.concatenate(asks), np.concatenate(answers))
+
+
+class Student(nn.Module):
+    """Wraps a causal language model (with its adapter) so that a forward gives the loss of a batch of documents."""
+
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, info: ModelInfo, policies: Policies, *, distil: float = 1.0,
+        next_token: float = 0.0,
+    ) -> None:
+        """model: a transformers or PEFT model. Raises ConfigError when there is nothing to learn from."""
+        super().__init__()
+        if distil < 0 or next_token < 0 or not distil + next_token:
+            raise ConfigError("The weights of distillation and next-token loss must not be negative, nor both 0.")
+        self.model, self.tokenizer, self.info, self.policies = model, tokenizer, info, policies
+        self.distil, self.next_token = distil, next_token
+        self.cache_name = cache_argument(check_arguments(self.bare))
+        self.reads_cells = "SEL" in policies.base.anchors and CELLS in scorer(policies.base.scorer, info).needs
+
+    @property
+    def bare(self) -> Any:
+        """The transformers model, its adapter's layers in place."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(self, input_ids: torch.Tensor, sizes: torch.Tensor, seeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """input_ids [rows, n]: a block a row, padded at the end. sizes [rows, d]: tokens of its documents, padded with
+        0. seeds [rows]. Returns {"loss": a mean over rows * n, so that means over processes are the same}."""
+        lengths = [[size for size in row if size] for row in sizes.tolist()]
+        told, cells = self._teach(input_ids, lengths)
+        readings = [
+            self._read(input_ids[row].tolist(), lengths[row], None if cells is None else cells[row], int(seeds[row]))
+            for row in range(len(lengths))
+        ]
+        hidden = self.hidden(readings)
+        said = torch.cat([hidden[row, self._indices(found.asks)] for row, found in enumerate(readings)])
+        heard = torch.cat([told[row, self._indices(found.answers - 1)] for row, found in enumerate(readings)])
+        wanted = torch.cat([input_ids[row, self._indices(found.answers)] for row, found in enumerate(readings)])
+        if not len(said):  # documents too short for anything to be dropped
+            return {"loss": hidden.sum() * 0}
+        value = loss(
+            said, heard, self.bare.get_output_embeddings(), wanted, distil=self.distil, next_token=self.next_token
+        )
+        return {"loss": value * len(said) / input_ids.numel()}
+
+    def hidden(self, readings: Sequence[Reading]) -> torch.Tensor:
+        """Final hidden states [rows, m, d] of blocks read under their masks."""
+        width = max(len(found.tokens) for found in readings)
+        ids, positions = (torch.zeros(len(readings), width, dtype=torch.long) for _ in range(2))
+        mask = torch.eye(width, dtype=torch.bool).repeat(len(readings), 1, 1)  # padding sees itself: no empty row
+        for row, found in enumerate(readings):
+            size = len(found.tokens)
+            ids[row, :size], positions[row, :size] = torch.from_numpy(found.tokens), torch.from_numpy(found.positions)
+            mask[row, :size, :size] = torch.from_numpy(found.mask)
+        return self.states(ids, positions, mask)
+
+    def states(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: Any = None
+    ) -> torch.Tensor:
+        """ids, positions [rows, m]; mask [rows, m, m], None: causal. Final hidden states [rows, m, d]."""
+        device = self.bare.device
+        states: torch.Tensor = self.bare.base_model(
+            input_ids=ids.to(device), position_ids=positions.to(device), use_cache=cache is not None,
+            attention_mask=None if mask is None else mask[:, None].to(device), **{self.cache_name: cache},
+        ).last_hidden_state
+        return states
+
+    @torch.no_grad()
+    def _teach(
+        self, input_ids: torch.Tensor, lengths: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, list[Cells] | None]:
+        """Final hidden states [rows, n, d] of the full cache, adapter off, and each row's cells if a scorer asks."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache() if self.reads_cells else None
+        off: AbstractContextManager[Any] = nullcontext()
+        if hasattr(self.model, "disable_adapter"):
+            off = self.model.disable_adapter()
+        width = input_ids.shape[1]
+        positions, mask = torch.zeros_like(input_ids, device="cpu"), None
+        if any(len(row) > 1 for row in lengths):
+            mask = torch.eye(width, dtype=torch.bool).repeat(len(lengths), 1, 1)
+        for row, sizes in enumerate(lengths):
+            at = 0
+            for size in sizes:
+                positions[row, at : at + size] = torch.arange(size)
+                if mask is not None:
+                    mask[row, at : at + size, at : at + size] = torch.ones(size, size, dtype=torch.bool).tril()
+                at += size
+        with off:
+            states = self.states(input_ids, positions, mask, cache)
+        return states, None if cache is None else [cells_of(cache, row) for row in range(len(lengths))]
+
+    def _read(self, tokens: list[int], sizes: Sequence[int], cells: Cells | None, seed: int) -> Reading:
+        """Every document of a block, each under a policy of its own."""
+        random, found, at = np.random.default_rng(seed), [], 0
+        for size in sizes:
+            policy, recalled = self.policies.draw(random)
+            own = None if cells is None else Cells(cells.values[at : at + size], cells.key_norms[at : at + size])
+            engine = PlanningEngine(self.tokenizer, self.info, cells=own)
+            ledger = plan(engine, policy, tokens[at : at + size])
+            recall_some(ledger, recalled, random)
+            found.append(reading(ledger))
+            at += size
+        return join(found, sizes)
+
+    def _indices(self, positions: Ints) -> torch.Tensor:
+        return torch.from_numpy(positions).to(self.bare.device)
+
+
+def cells_of(cache: Any, row: int) -> Cells:
+    """What the cells of one row hold, from a transformers cache."""
+    values = torch.cat([layer.values[row].transpose(0, 1).flatten(1) for layer in cache.layers], dim=1)
+    norms = [layer.keys[row].square().sum(dim=(0, 2)).sqrt() for layer in cache.layers]
+    return Cells(floats(values), floats(torch.stack(norms, dim=1)))
