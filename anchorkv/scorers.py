@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from anchorkv.engines.base import CELLS, SURPRISE, Bools, Cells, Floats, ModelInfo
 from anchorkv.errors import ConfigError, ModelError
@@ -135,6 +136,12 @@ def has_content(segment: SegmentView) -> Bools:
     return np.fromiter((any(_CONTENT[byte] for byte in piece) for piece in segment.pieces), dtype=bool)
 
 
+@cache
+def _threads() -> ThreadpoolController:
+    """The numerics libraries that are loaded: looking for them takes a millisecond."""
+    return ThreadpoolController()
+
+
 _KIND = "anchorkv scorer of cells, 1"
 _CONTENT = [byte >= 0x80 or chr(byte).isalnum() for byte in range(256)]
 
@@ -191,10 +198,12 @@ class Learned(Stateless):
                 f"The scorer '{self.name}' was trained on another model: it reads {self.mean.shape[0]} features a "
                 f"token, and this model's cells give {features.shape[1]}."
             )
-        x = (features - self.mean) / self.std
-        x = x @ self.weight.T + self.bias
-        if self.out is not None:
-            x = np.maximum(x, 0) @ self.out + np.float32(self.out_bias)
+        # One thread: those of a numerics library go on spinning afterwards, and halve the speed of llama.cpp's own.
+        with _threads().limit(limits=1, user_api="blas"):
+            x = (features - self.mean) / self.std
+            x = x @ self.weight.T + self.bias
+            if self.out is not None:
+                x = np.maximum(x, 0) @ self.out + np.float32(self.out_bias)
         return np.asarray(x, dtype=np.float32)
 
     def save(self, path: str | Path) -> None:

@@ -212,16 +212,17 @@ class LlamaEngine:
 
     def _state_blob(self, sequence: int) -> npt.NDArray[np.uint8]:
         size = self._state_size(sequence)
-        buffer = (ctypes.c_uint8 * size)()
-        if llama_cpp.llama_state_seq_get_data(self._context, buffer, size, sequence) != size:
+        blob = np.empty(size, dtype=np.uint8)
+        pointer = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if llama_cpp.llama_state_seq_get_data(self._context, pointer, size, sequence) != size:
             raise ModelError("llama.cpp could not give out the cells of a sequence.")
-        return np.frombuffer(bytes(buffer), dtype=np.uint8)
+        return blob
 
     def _alias(self, sequence: int, position: int, at: int) -> None:
         """In `sequence`, show the cell of `position` under the position `at`, its keys as they are."""
         kv = self._kv
         llama_cpp.llama_memory_seq_cp(kv, sequence, _ALIAS, position, position + 1)
-        blob = self._state_blob(_ALIAS).copy()
+        blob = self._state_blob(_ALIAS)
         metas(blob)["position"] = at
         llama_cpp.llama_memory_seq_rm(kv, _ALIAS, -1, -1)
         llama_cpp.llama_memory_seq_rm(kv, sequence, position, position + 1)
@@ -351,7 +352,7 @@ class LlamaMemory:
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         state: dict[str, npt.NDArray[Any]] = {
-            "positions": self.held.copy(), "cells": self._engine._state_blob(self.sequence).copy(),
+            "positions": self.held.copy(), "cells": self._engine._state_blob(self.sequence),
         }
         if self.last_logits is not None:
             state["logits"] = self.last_logits
