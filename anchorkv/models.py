@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import platformdirs
 
 from anchorkv.chat import Conversation
 from anchorkv.config import AnchorConfig, preset
 from anchorkv.document import Document
 from anchorkv.engines.base import Engine
 from anchorkv.errors import ModelError
+from anchorkv.export import read_settings
 from anchorkv.extract import extract, title_of
 from anchorkv.recall import Ranker
 
@@ -62,26 +67,48 @@ class Model:
 
 
 def load(
-    model: str | Path | None = None, *, engine: EngineName = "auto", policy: str | AnchorConfig = "default",
+    model: str | Path | None = None, *, engine: EngineName = "auto", policy: str | AnchorConfig | None = None,
     threads: int | None = None,
 ) -> Model:
     """Load `model`: a hub id, a local folder, a GGUF file (local, or owner/repository/file.gguf on the hub), or None
     for the built-in SmolLM2-135M-Instruct.
 
     engine: "llama" reads GGUF files, "torch" everything that transformers can load; "auto" takes llama for a GGUF.
+    policy: a preset's name or a configuration; None takes what the file was exported with, else "default". The scorer
+        that a file carries is its "default" one.
     Raises ModelError when it cannot be found or used, ConfigError for an unknown policy.
     """
-    config = preset(policy) if isinstance(policy, str) else policy
-    return Model(_engine(model, engine, threads), config)
+    given = preset(policy) if isinstance(policy, str) else policy
+    path = Path(builtin() if model is None else model).expanduser()
+    if path.suffix.lower() == ".gguf" and not path.is_file():
+        path = _download(str(model))
+    loaded = _engine(path, engine, threads)
+    settings = read_settings(path) if path.suffix.lower() == ".gguf" else None
+    if settings is not None and settings.scorer is not None:
+        loaded.info = replace(loaded.info, scorer=str(_unpacked(settings.scorer)))
+    own = settings.policy if settings is not None else None
+    return Model(loaded, given or own or preset("default"))
 
 
-def _engine(model: str | Path | None, engine: EngineName, threads: int | None) -> Engine:
+def _unpacked(scorer: bytes) -> Path:
+    """The scorer of a GGUF file as a file of its own in the cache folder, named by what is in it."""
+    folder = platformdirs.user_cache_path("anchorkv") / "scorers"
+    path = folder / f"{hashlib.sha256(scorer).hexdigest()[:32]}.safetensors"
+    if not path.is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = folder / f"{path.name}.{os.getpid()}.partial"
+            partial.write_bytes(scorer)
+            os.replace(partial, path)
+        except OSError as error:
+            raise ModelError(f"The scorer of this model cannot be unpacked to {folder} ({error.strerror}).") from None
+    return path
+
+
+def _engine(path: Path, engine: EngineName, threads: int | None) -> Engine:
     if engine not in ("auto", "llama", "torch"):
         raise ModelError(f"There is no engine '{engine}'; choose llama, torch or auto.")
-    path = Path(builtin() if model is None else model).expanduser()
     is_gguf = path.suffix.lower() == ".gguf"
-    if is_gguf and not path.is_file():
-        path = _download(str(model))
     if engine == "torch" or (engine == "auto" and not is_gguf):
         if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
             raise ModelError(

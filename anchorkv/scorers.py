@@ -250,9 +250,9 @@ def scorer(name: str, info: ModelInfo | None = None) -> Scorer:
 
     Raises ConfigError with the known names otherwise.
     """
-    path = scorer_path(info) if info is not None and name == "default" else None
-    if path is not None or name.endswith(".safetensors"):
-        return _load(Path(path or name))
+    path = scorer_file(name, info)
+    if path is not None:
+        return _load(path)
     try:
         return SCORERS[name]()
     except KeyError:
@@ -260,6 +260,13 @@ def scorer(name: str, info: ModelInfo | None = None) -> Scorer:
         raise ConfigError(
             f"There is no scorer '{name}'; choose one of {known}, or the path of a trained one (.safetensors)."
         ) from None
+
+
+def scorer_file(name: str, info: ModelInfo | None = None) -> Path | None:
+    """The file of the trained scorer that `name` means for the model `info`; None where it means none."""
+    if name.endswith(".safetensors"):
+        return Path(name)
+    return scorer_path(info) if info is not None and name == "default" else None
 
 
 @cache

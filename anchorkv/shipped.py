@@ -1,4 +1,4 @@
-"""What the package brings along for a model that it knows: a trained scorer."""
+"""What comes with a model: a scorer of its own (in its GGUF file), or one that the package brings for it."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ KNOWN = (Known("SmolLM2-135M-Instruct", layers=30, kv_heads=3, head_dim=64, voca
 
 def scorer_path(info: ModelInfo) -> Path | None:
     """The scorer that was trained for this model, None where there is none."""
+    if info.scorer:
+        return Path(info.scorer)
     for known in KNOWN:
         path = FOLDER / known.name / "scorer.safetensors"
         if known.is_model(info) and path.is_file():

@@ -15,12 +15,14 @@ import pytest
 import tiny_gguf
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
+from policies import TEXT, random_head
 from safetensors.numpy import save_file
 from tiny_gguf import HEAD, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, VOCABULARY, kl
 from typer.testing import CliRunner
 
+import anchorkv
 import anchorkv.cli.export
-from anchorkv import AnchorConfig
+from anchorkv import AnchorConfig, preset
 from anchorkv.cli import app
 from anchorkv.engines.llama import LlamaEngine
 from anchorkv.errors import ConfigError, ModelError
@@ -690,3 +692,21 @@ def test_the_built_in_model_is_merged_in_time_and_verified(adapter: Adapters, tm
     report = json.loads(call(folder, "--gguf", "F16", "--out", tmp_path / "out.gguf", "--json").stdout)
     assert report["verified"]
     assert report["agreement"]["argmax"] > 0.97
+
+
+def test_an_exported_file_needs_no_option(
+    base: Path, adapter: Adapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    policy, head = preset("default").replace(reduction=3, recall="off"), tmp_path / "head.safetensors"
+    random_head(tiny_gguf.LAYERS * (tiny_gguf.KV_HEADS * tiny_gguf.HEAD + 1) + 4, head)
+    out = tmp_path / "own.gguf"
+    merge(base, adapter(), out, "F16", Settings(policy, head.read_bytes(), "own"))
+    with anchorkv.load(out) as model:
+        assert model.policy == policy
+        session = model.read_text(TEXT).session
+        assert session.scorer is not None
+        assert session.scorer.name == "learned"
+        assert Path(model.engine.info.scorer).read_bytes() == head.read_bytes()
+    with anchorkv.load(out, policy="sepllm") as model:
+        assert model.policy == preset("sepllm")

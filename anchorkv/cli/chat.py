@@ -43,13 +43,13 @@ def chat(
     sampling: SamplingOptions,
 ) -> None:
     """Talk with a model that keeps the anchors of older turns. One message a line; /help lists the commands."""
-    config, draw = policy.config(), sampling.sampling()
+    chosen, draw = policy.chosen(), sampling.sampling()
     if resume is not None and policy.given():
         raise ConfigError(f"A saved conversation keeps its own policy; leave out {policy.given()[0]}.")
     if resume is not None and system is not None:
         raise ConfigError("A saved conversation keeps its own system prompt; leave out --system.")
     console = Console(quiet=True) if as_json else stdout()
-    with model.load(config) as loaded:
+    with model.load(chosen) as loaded:
         talk = Conversation.open(loaded.engine, resume) if resume else loaded.chat(system)
         with closing(talk):
             room = _Room(console, talk, sampling.max_tokens, draw, resume)

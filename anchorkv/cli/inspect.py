@@ -36,12 +36,12 @@ def inspect(
     sampling: SamplingOptions,
 ) -> None:
     """Show what of a text is kept, dropped, pinned and recalled, and why."""
-    config, draw = policy.config(), sampling.sampling()
+    chosen, draw = policy.chosen(), sampling.sampling()
     text = "\n\n".join(extract(source) for source in documents)
     console = Console(quiet=True) if as_json else stdout()
     with ExitStack() as stack:
-        loaded = stack.enter_context(model.load(config))
-        document = stack.enter_context(read_document(loaded, text, title_of(documents), config, quiet=as_json))
+        loaded = stack.enter_context(model.load(chosen))
+        document = stack.enter_context(read_document(loaded, text, title_of(documents), loaded.policy, quiet=as_json))
         ledger, cells, question, answer = document.ledger, document.accounting(), "", ""
         if ask is not None:
             side = Side("", document)
@@ -50,7 +50,7 @@ def inspect(
         segments = segment_infos(ledger, loaded.engine.tokenizer)
         name = loaded.engine.info.name
         if html is not None:
-            page = PageInput(document.title, name, config, segments, cells, question, answer)
+            page = PageInput(document.title, name, loaded.policy, segments, cells, question, answer)
             write_file(html, render_page(page))
             note(f"Wrote {html}; open it in a browser.")
         if as_json:

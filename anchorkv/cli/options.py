@@ -37,8 +37,8 @@ class ModelOptions:
     engine: Annotated[EngineName, _option("--engine", panel=_MODEL, help="auto takes llama for GGUF files.")] = "auto"
     threads: Annotated[int | None, _option("--threads", panel=_MODEL, min=1, help="Processor threads.")] = None
 
-    def load(self, policy: AnchorConfig) -> Model:
-        """Raises ModelError when the model cannot be found or used."""
+    def load(self, policy: AnchorConfig | None) -> Model:
+        """policy: None takes the model's own. Raises ModelError when the model cannot be found or used."""
         return load(self.model, engine=self.engine, policy=policy, threads=self.threads)
 
 
@@ -103,6 +103,10 @@ class PolicyOptions:
         if "SEL" in config.anchors:
             scorer(config.scorer)  # an unknown scorer should be told before a model is loaded
         return config
+
+    def chosen(self) -> AnchorConfig | None:
+        """`config`, or None where no option was given: the model's own policy then holds."""
+        return self.config() if self.given() else None
 
     def given(self) -> list[str]:
         """The options of this group that were given, as they are written."""

@@ -45,28 +45,30 @@ def run(
     Without --ask or --questions it asks you, on a terminal.
     """
     sources = documents or []
-    config, asked, draw = policy.config(), _questions(ask, questions), sampling.sampling()
+    chosen, asked, draw = policy.chosen(), _questions(ask, questions), sampling.sampling()
     _check(sources, open_, policy, compare)
-    if policy_out:
-        write_file(policy_out, config.to_json() + "\n")
     prompting = not asked and not save
     if prompting and (as_json or not interactive()):
         raise ConfigError("There is no question; give one with --ask or a file of them with --questions.")
     text = None if open_ else "\n\n".join(extract(source) for source in sources)
 
     with ExitStack() as stack:
-        loaded = stack.enter_context(model.load(config))
+        loaded = stack.enter_context(model.load(chosen))
+        if policy_out:
+            write_file(policy_out, loaded.policy.to_json() + "\n")
         if text is None:
             document = stack.enter_context(loaded.open(open_ or ""))
         else:
-            document = stack.enter_context(read_document(loaded, text, title_of(sources), config, quiet=as_json))
+            document = stack.enter_context(
+                read_document(loaded, text, title_of(sources), loaded.policy, quiet=as_json)
+            )
         if save:
             document.save(save)
             note(f"Saved to {save}; ask it again with --open {save}.")
         sides = [Side("Anchors", document)]
         if compare and text is not None:
             # Sessions of one llama.cpp context pay for each other's cells, so the full cache gets a context of its own.
-            other = stack.enter_context(model.load(config)) if loaded.engine.name == "llama" else loaded
+            other = stack.enter_context(model.load(chosen)) if loaded.engine.name == "llama" else loaded
             sides.append(Side("Full cache", stack.enter_context(
                 read_document(other, text, title_of(sources), preset("full"), quiet=as_json, label=" (full cache)")
             )))

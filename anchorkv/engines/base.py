@@ -37,6 +37,8 @@ class ModelInfo:
     window: int
     cell_bytes: int
     fingerprint: str
+    scorer: str = ""
+    """Path of the scorer that came with the model, "" where none did."""
     weights: str = ""
     """How the weights are stored, for tables: "Q8_0", "fp32" …"""
 

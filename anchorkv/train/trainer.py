@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from anchorkv.config import AnchorConfig
-from anchorkv.engines.base import Tokenizer
+from anchorkv.engines.base import ModelInfo, Tokenizer
 from anchorkv.engines.torch import TorchEngine
 from anchorkv.errors import ConfigError
+from anchorkv.export import POLICY_FILE, SCORER_FILE
+from anchorkv.scorers import scorer_file
 from anchorkv.train.data import Blocks, check
 from anchorkv.train.sources import Recipe
 from anchorkv.train.student import Policies, Student
@@ -153,6 +156,7 @@ def train(
     engine = engine or TorchEngine.load(settings.model)
     check(recipe, engine.tokenizer, engine.info.vocabulary)
     last = _resumable(settings, out) if resume else None
+    set_seed(settings.seed)  # the adapter's first weights are drawn
     student = Student(
         with_adapter(engine.model, settings), engine.tokenizer, engine.info,
         Policies(settings.policy, reductions=settings.reductions), distil=settings.distil,
@@ -173,8 +177,17 @@ def train(
     )
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(out))
-    settings.policy.save(out / "anchorkv.json")
+    _save_policy(settings.policy, engine.info, out)
     return out
+
+
+def _save_policy(policy: AnchorConfig, info: ModelInfo, out: Path) -> None:
+    """What the adapter is to be read with, beside it: the policy, and the scorer as the model's own "default" one."""
+    scorer = scorer_file(policy.scorer, info) if "SEL" in policy.anchors else None
+    if scorer is not None:
+        shutil.copyfile(scorer, out / SCORER_FILE)
+        policy = policy.replace(scorer="default")
+    policy.save(out / POLICY_FILE)
 
 
 def _resumable(settings: Settings, out: Path) -> str | None:
