@@ -69,8 +69,9 @@ class BM25:
 class RecallPlan:
     """Keeps a session's recalled segments the best ones for what is being asked, within its budget of cells."""
 
-    AUTO_SHARE = 0.25
-    """`auto` recalls when the best segment reaches this share of the ranker's ceiling."""
+    AUTO_SHARE = 0.1
+    """`auto` recalls when the best segment reaches this share of the ranker's ceiling
+    (benchmarks/recall_threshold.py: a needless recall costs some cells, a missed one the answer)."""
 
     def __init__(self, session: Session, ranker: Ranker | None = None) -> None:
         self.session = session

@@ -156,13 +156,18 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--reduction", type=float, default=12)
     parser.add_argument("--questions", type=int, default=20)
+    parser.add_argument("--only", choices=("perplexity", "answers"), help="the other part stays as it was measured")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "quality.json")
     options = parser.parse_args()
     model = anchorkv.load()
-    read = texts(model.engine, options.data, options.texts, options.length)
-    rows = perplexities(model.engine, read, options.reduction)
-    answers = answer_losses(model.engine, options.data, options.questions) if options.data and options.questions else []
-    table = Table(title=f"{len(read)} texts of {options.length:,} tokens, scored after {UNSCORED}")
+    before = json.loads(options.out.read_text(encoding="utf-8")) if options.only else {}
+    rows, answers = before.get("perplexity", []), before.get("answers", [])
+    if options.only != "answers":
+        read = texts(model.engine, options.data, options.texts, options.length)
+        rows = perplexities(model.engine, read, options.reduction)
+    if options.only != "perplexity":
+        answers = answer_losses(model.engine, options.data, options.questions) if options.data else []
+    table = Table(title=f"{options.texts} texts of {options.length:,} tokens, scored after {UNSCORED}")
     for heading in ("policy", "full / kept cells", "perplexity", "ratio", "context recovered"):
         table.add_column(heading, justify="right")
     for row in rows:

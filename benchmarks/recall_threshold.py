@@ -1,0 +1,70 @@
+"""When should `auto` recall? The best segment's share of the ranker's ceiling, with and without the answer in the text.
+
+    python benchmarks/recall_threshold.py --data ../shared/data
+
+SQuAD questions over ten passages, and the same questions over the nine that do not hold the answer. No model is run:
+only its tokenizer and the policy's segments are needed. Writes results/recall_threshold.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from inference import ROOT, environment
+from rich.console import Console
+from rich.table import Table
+
+import anchorkv
+from anchorkv.engines.base import Engine
+from anchorkv.recall import BM25, RecallPlan
+from anchorkv.train.plan import PlanningEngine, plan
+
+
+def share(engine: Engine, passages: Sequence[str], question: str) -> float:
+    """Best score / ceiling over the segments of `passages`."""
+    policy = anchorkv.preset("default").replace(scorer="landmarks", cell_budget=None)
+    tokens = engine.tokenizer.encode("\n\n".join(passages))
+    ledger = plan(PlanningEngine(engine.tokenizer, engine.info), policy, tokens)
+    texts = [engine.tokenizer.decode(ledger.tokens[ledger.span(n)].tolist()) for n in range(ledger.segments)]
+    ranker = BM25()
+    ceiling = ranker.ceiling(texts, question)
+    return float(ranker.scores(texts, question).max() / ceiling) if ceiling else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with squad/squad_v1.test.jsonl.gz")
+    parser.add_argument("--questions", type=int, default=100)
+    options = parser.parse_args()
+    with gzip.open(options.data / "squad" / "squad_v1.test.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    random, contexts = np.random.default_rng(0), sorted({row["context"] for row in rows})
+    present, absent = [], []
+    with anchorkv.load() as model:
+        for index in random.choice(len(rows), options.questions, replace=False):
+            row = rows[index]
+            others = [context for context in random.permutation(contexts) if context != row["context"]][:9]
+            absent.append(share(model.engine, others, row["question"]))
+            present.append(share(model.engine, [*others, row["context"]], row["question"]))
+    table = Table(title=f"share of questions that `auto` would recall for, of {options.questions}")
+    found = []
+    for threshold in (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25):
+        needed, needless = (float(np.mean(np.asarray(side) >= threshold)) for side in (present, absent))
+        found.append({"threshold": threshold, "answer_present": needed, "answer_absent": needless})
+    for heading in ("threshold", "answer in the text", "answer not in it"):
+        table.add_column(heading, justify="right")
+    for row in found:
+        mark = " (now)" if row["threshold"] == RecallPlan.AUTO_SHARE else ""
+        table.add_row(f"{row['threshold']:g}{mark}", f"{row['answer_present']:.0%}", f"{row['answer_absent']:.0%}")
+    Console().print(table)
+    result = {"rows": found, "questions": options.questions, "environment": environment()}
+    (ROOT / "results" / "recall_threshold.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
