@@ -10,9 +10,8 @@ import jinja2
 import jinja2.sandbox
 import llama_cpp
 
+from anchorkv.engines.anchor_token import AC, stand_in
 from anchorkv.errors import ModelError
-
-_PREFERRED_ANCHORS = ("<|reserved", "<unused", "<reserved", "<extra_id", "<filename>", "<repo_name>", "<gh_stars>")
 
 
 class LlamaTokenizer:
@@ -91,15 +90,16 @@ class LlamaTokenizer:
         return self._anchor
 
     def _find_anchor(self) -> int:
-        exact = self.encode("<AC>", special=True)
+        exact = self.encode(AC, special=True)
         if len(exact) == 1:
             return exact[0]
-        free = {text: token for text, token in self.control_tokens().items() if token not in self.eos_ids}
-        for wanted in _PREFERRED_ANCHORS:
-            for text, token in free.items():
-                if text.startswith(wanted):
-                    return token
-        raise ModelError("The model's vocabulary has no unused control token to serve as <AC>; use EP or SEL anchors.")
+        named = (llama_cpp.llama_vocab_bos, llama_cpp.llama_vocab_pad)
+        found = stand_in(self.control_tokens(), self.eos_ids | {int(of(self._vocab)) for of in named})
+        if found is None:
+            raise ModelError(
+                "The model's vocabulary has no unused control token to serve as <AC>; use EP or SEL anchors."
+            )
+        return found
 
     def control_tokens(self) -> dict[str, int]:
         """Every control token by its text."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from anchorkv.engines.anchor_token import AC, stand_in
 from anchorkv.errors import ModelError
 
 TURN_ENDS = (
@@ -16,9 +17,6 @@ TURN_ENDS = (
     "</s>", "<eos>",
 )
 """Control tokens that end a turn or a text in one template or another; only those the vocabulary has count."""
-
-SPARE = re.compile(r"reserved|unused|extra|spare|placeholder|repo_?name|file_?name|file_sep|gh_stars", re.IGNORECASE)
-"""Names of control tokens that ordinary text and chat never use."""
 
 
 class TorchTokenizer:
@@ -97,13 +95,13 @@ class TorchTokenizer:
     def anchor_id(self) -> int:
         """`<AC>` when the vocabulary has it. Else a stand-in that text never contains: a control token whose name says
         that it is reserved or belongs to code repositories, else padding or unknown, else the end of the text."""
-        names = {token.content: i for i, token in sorted(self._added.items())}
-        if "<AC>" in names:
-            return names["<AC>"]
+        names = {token.content: i for i, token in self._added.items()}
+        if AC in names:
+            return names[AC]
         used = self.eos_ids | {self.hf.bos_token_id, self.hf.pad_token_id, self.hf.unk_token_id}
-        for name, i in names.items():
-            if i in self._control and i not in used and SPARE.search(name):
-                return i
+        found = stand_in({name: i for name, i in names.items() if i in self._control}, used)
+        if found is not None:
+            return found
         for last in (self.hf.pad_token_id, self.hf.unk_token_id, self.hf.eos_token_id):
             if last is not None:
                 return int(last)
