@@ -83,7 +83,8 @@ def load(
     if path.suffix.lower() == ".gguf" and not path.is_file():
         path = _download(str(model))
     loaded = _engine(path, engine, threads)
-    settings = read_settings(path) if path.suffix.lower() == ".gguf" else None
+    # The built-in file carries none, and looking for them takes a tenth of a second.
+    settings = read_settings(path) if model is not None and path.suffix.lower() == ".gguf" else None
     if settings is not None and settings.scorer is not None:
         loaded.info = replace(loaded.info, scorer=str(_unpacked(settings.scorer)))
     own = settings.policy if settings is not None else None

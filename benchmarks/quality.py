@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,21 @@ def perplexities(engine: Engine, texts: Sequence[Sequence[int]], reduction: floa
     return rows
 
 
-def answer_losses(engine: Engine, data: Path, count: int) -> list[dict[str, Any]]:
-    """Mean -log p a token of the gold answer, its passage hidden among nine others."""
+def squad_questions(
+    data: Path, count: int, random: np.random.Generator
+) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """`count` SQuAD test questions, each with nine passages that do not hold its answer."""
     with gzip.open(data / "squad" / "squad_v1.test.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    random = np.random.default_rng(0)
     contexts = sorted({row["context"] for row in rows})
-    chosen = [rows[index] for index in random.choice(len(rows), count, replace=False)]
+    for index in random.choice(len(rows), count, replace=False):
+        row = rows[index]
+        yield row, [context for context in random.permutation(contexts) if context != row["context"]][:9]
+
+
+def answer_losses(engine: Engine, data: Path, count: int) -> list[dict[str, Any]]:
+    """Mean -log p a token of the gold answer, its passage hidden among nine others."""
+    random = np.random.default_rng(0)
     base = anchorkv.preset("default")
     # Each document is read once a policy; what recall does is tried on forks of it.
     readings = {
@@ -101,8 +109,8 @@ def answer_losses(engine: Engine, data: Path, count: int) -> list[dict[str, Any]
     }
     found: dict[str, list[float]] = {}
     hit: dict[str, list[bool]] = {}
-    for row in track(chosen, "answers among ten passages", console=console, transient=True):
-        others = [context for context in random.permutation(contexts) if context != row["context"]][:9]
+    asked = squad_questions(data, count, random)
+    for row, others in track(asked, "answers among ten passages", total=count, console=console, transient=True):
         passages = [*others, row["context"]]
         random.shuffle(passages)
         for name, (config, modes) in readings.items():

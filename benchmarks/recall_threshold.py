@@ -9,13 +9,13 @@ only its tokenizer and the policy's segments are needed. Writes results/recall_t
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from inference import ROOT, environment
+from quality import squad_questions
 from rich.console import Console
 from rich.table import Table
 
@@ -41,14 +41,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with squad/squad_v1.test.jsonl.gz")
     parser.add_argument("--questions", type=int, default=100)
     options = parser.parse_args()
-    with gzip.open(options.data / "squad" / "squad_v1.test.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    random, contexts = np.random.default_rng(0), sorted({row["context"] for row in rows})
     present, absent = [], []
     with anchorkv.load() as model:
-        for index in random.choice(len(rows), options.questions, replace=False):
-            row = rows[index]
-            others = [context for context in random.permutation(contexts) if context != row["context"]][:9]
+        for row, others in squad_questions(options.data, options.questions, np.random.default_rng(0)):
             absent.append(share(model.engine, others, row["question"]))
             present.append(share(model.engine, [*others, row["context"]], row["question"]))
     table = Table(title=f"share of questions that `auto` would recall for, of {options.questions}")

@@ -5,16 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from typer import Argument, Option
 
 from anchorkv.cli.options import JsonOption
-from anchorkv.cli.screen import note, print_json, seconds, size, stderr, stdout
+from anchorkv.cli.screen import note, print_json, seconds, size, stderr, stdout, work_bar
 from anchorkv.errors import ModelError
 from anchorkv.export import BOUNDS, Agreement, MergedError, Settings, check_target, compare, merge, settings_of
 from anchorkv.models import builtin
@@ -41,7 +38,7 @@ def export(
     unchecked = out.with_name(f"{out.name}.{os.getpid()}.unchecked")
     started = time.perf_counter()
     try:
-        with _writing_bar(out.name, quiet=as_json) as report:
+        with work_bar(f"Writing {out.name}", "bytes", quiet=as_json) as report:
             merge(base, adapter, unchecked, kind, settings, report)
         took = time.perf_counter() - started
         agreement, reason = _checked(base, adapter, unchecked, kind, quiet=as_json)
@@ -105,19 +102,6 @@ def _checked(
             f"{BOUNDS[kind]:g} for {kind}, so it was removed; was the adapter trained on {base.name}?"
         )
     return agreement, ""
-
-
-@contextmanager
-def _writing_bar(name: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, as the callback (bytes written, bytes in all)."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn(), DownloadColumn(True),
-        TimeRemainingColumn(compact=True),
-    )
-    console = stderr()
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(f"Writing {name}", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _report(

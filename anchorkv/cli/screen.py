@@ -11,7 +11,15 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from anchorkv.errors import AnchorKVError
 
@@ -52,10 +60,11 @@ def write_file(path: str | Path, text: str) -> None:
 
 @contextmanager
 def work_bar(title: str, unit: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, as a callback (units done, units in all)."""
+    """A progress bar on standard error, as a callback (units done, units in all). "bytes" are shown in kB, MB …"""
+    amount = (DownloadColumn(True),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn(), MofNCompleteColumn(),
-        TextColumn(unit), TimeRemainingColumn(compact=True),
+        TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn(), *amount,
+        TimeRemainingColumn(compact=True),
     )
     console = stderr()
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from anchorkv.cli.options import ModelOptions, PolicyOptions, takes_options
+from anchorkv.cli.options import JsonOption, ModelOptions, PolicyOptions, takes_options
 from anchorkv.cli.screen import note, print_json, stdout, work_bar
 from anchorkv.errors import ConfigError, ModelError
 from anchorkv.models import builtin
@@ -33,7 +33,7 @@ def train(
     validation: Annotated[str | None, Option(metavar="FILE|…", help="Text to measure progress on.")] = None,
     save_steps: Annotated[int, Option(min=1, help="Steps between checkpoints.")] = 50,
     seed: Annotated[int, Option(min=0, help="Of the data's order and the drawn policies.")] = 0,
-    as_json: Annotated[bool, Option("--json", help="Print the result as one JSON object.")] = False,
+    as_json: JsonOption = False,
     model: ModelOptions,
     policy: PolicyOptions,
 ) -> None:
