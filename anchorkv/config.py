@@ -34,6 +34,10 @@ class AnchorConfig(BaseModel):
     ac_tokens: int = Field(1, ge=1, le=16, description="k: added <AC> tokens a segment (AC only)")
     scorer: str = Field("default", description="name of the scorer that SEL asks (see anchorkv.scorers)")
     reduction: float = Field(12.0, gt=1, le=1000, description="SEL: tokens of older text per cell kept of it")
+    aging: float = Field(
+        4.0, ge=0, le=100, description="SEL: how much age counts against an anchor, in standard deviations of the "
+        "scores per e-fold of age; 0: what is an anchor stays one"
+    )
     sinks: int = Field(4, ge=0, description="first tokens of the stream that are never dropped")
     recent_window: int = Field(1, ge=0, description="newest whole segments before the current one (w)")
     anchors_see_anchors: bool = Field(False, description="EP and AC anchors also see earlier anchors")
@@ -45,7 +49,8 @@ class AnchorConfig(BaseModel):
     recall: RecallMode = "auto"
     recall_cells: int = Field(256, ge=0, description="cells that recalled segments may hold at once")
     cell_budget: Annotated[int, Field(ge=16)] | Literal["window"] | None = Field(
-        None, description="most cells kept; when full the oldest anchors go first; 'window': see budget_for"
+        None, description="most cells kept; when full the worst (SEL that ages) or the oldest anchors go; 'window': see "
+        "budget_for"
     )
 
     @model_validator(mode="after")

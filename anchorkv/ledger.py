@@ -59,7 +59,7 @@ class Accounting:
 
 _COLUMNS: dict[str, npt.DTypeLike] = {
     "token": np.int64, "segment": np.int64, "state": np.int8, "anchor": np.bool_, "always": np.bool_,
-    "blind": np.bool_, "added": np.bool_, "evicted": np.int64,
+    "blind": np.bool_, "added": np.bool_, "evicted": np.int64, "score": np.float32,
 }
 
 
@@ -77,7 +77,8 @@ class Ledger:
         return self.length
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """A writable view [len(self)] of one column: token, segment, state, anchor, always, blind, added, evicted."""
+        """A writable view [len(self)] of one column: token, segment, state, anchor, always, blind, added, evicted, and
+        score (of a scorer; NaN where none was asked)."""
         return self._columns[name][: self.length]
 
     @property
@@ -100,6 +101,7 @@ class Ledger:
         columns["added"][at] = added
         columns["always"][at] = state in (State.SINK, State.PINNED)
         columns["evicted"][at] = NEVER
+        columns["score"][at] = np.nan
         return at
 
     def layout(self) -> Layout:

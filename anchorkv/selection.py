@@ -1,4 +1,4 @@
-"""Scores become anchors: a running average met by a threshold, so that dense passages keep more than thin ones."""
+"""Scores become anchors. Two budgets with one size: anchors that age, and anchors that stay for good."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy.typing as npt
 from anchorkv.engines.base import Bools, Floats
 from anchorkv.errors import ConfigError
 
+AGE = 256
+"""Tokens after which age begins to tell."""
 HORIZON = 512
 """Tokens of older text over which a surplus or a deficit of cells is worked off."""
 SLACK = 0.04
@@ -16,6 +18,28 @@ SLACK_FROM = 2000
 """… from this many tokens of older text on; before, the same number of cells as there."""
 WHOLE_SHARE = 0.1
 """Most of the budget that may pay for the cells still held whole, so that on a long text all cells meet the target."""
+
+
+def share(older_tokens: int, reduction: float, held_whole: int) -> float:
+    """Cells that `older_tokens` may keep at this reduction: those still held whole spend it too, up to WHOLE_SHARE."""
+    target = older_tokens / reduction
+    return target - min(held_whole, WHOLE_SHARE * target)
+
+
+def best(
+    scores: Floats, ages: npt.NDArray[np.integer], aging: float, deviation: float, count: int
+) -> Bools:
+    """Which of the anchors stay, [n] booleans: the `count` best by score - aging * deviation * log(1 + age / AGE).
+
+    Old text is asked less often, and by then for fewer of its tokens, so it may thin out while recent text stays dense;
+    what loses is gone for good. scores: [n], NaN counts as worst; ties go to the younger. ages: [n] in tokens.
+    deviation: standard deviation of the scores, so that `aging` means the same for every scorer.
+    """
+    values = np.nan_to_num(scores.astype(np.float64), nan=-np.inf, neginf=-np.inf, posinf=np.inf)
+    values = values - aging * deviation * np.log1p(ages / AGE)
+    stays = np.zeros(len(values), dtype=bool)
+    stays[np.lexsort((ages, -values))[: max(0, count)]] = True
+    return stays
 
 
 class RunningBudget:
@@ -57,8 +81,7 @@ class RunningBudget:
 
     def _count(self, values: Floats, older_tokens: int, kept_already: int, held_whole: int) -> int:
         """How many of `values` stay."""
-        target = older_tokens / self.reduction
-        target -= min(held_whole, WHOLE_SHARE * target)
+        target = share(older_tokens, self.reduction, held_whole)
         slack = max(SLACK * max(older_tokens, SLACK_FROM) / self.reduction, 0.5)
         fewest = int(np.ceil(target - slack)) - kept_already
         most = int(np.floor(target + slack)) - kept_already

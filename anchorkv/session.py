@@ -21,7 +21,7 @@ from anchorkv.interrupts import deferred_interrupt
 from anchorkv.ledger import Accounting, Ledger, State
 from anchorkv.scorers import Scorer, SegmentView, scorer
 from anchorkv.segment import Segmenter
-from anchorkv.selection import RunningBudget
+from anchorkv.selection import RunningBudget, best, share
 from anchorkv.visibility import NEVER, Recalled, dense_mask, visible_from
 
 Progress = Callable[[int], None]
@@ -230,7 +230,7 @@ class Session:
         return f"left the recent window, no anchor{scored}"
 
     def _select(self, segment: int) -> None:
-        """SEL: the scorer and the running budget choose which tokens of `segment` stay."""
+        """SEL: the scorer and the budget choose which tokens of `segment` stay."""
         if self.scorer is None:
             return
         span = self.ledger.span(segment)
@@ -249,10 +249,44 @@ class Session:
         )
         column = self.ledger.column
         eligible = (column("state")[span] == State.WHOLE) & ~column("anchor")[span]
+        finite = np.isfinite(scores)
+        column("score")[span[eligible]] = np.where(finite, scores, scores[finite].min(initial=0))[eligible]
+        if self.config.aging:
+            self._thin(span, stop)
+        else:
+            self._choose(span, stop)
+
+    def _choose(self, span: Ints, stop: int) -> None:
+        """Which tokens of `span`, the segment that leaves, become anchors for good. stop: where it ends."""
+        column = self.ledger.column
         older = stop - int(column("added")[:stop].sum())
         kept = int((column("always")[:stop] | column("anchor")[:stop]).sum())
-        chosen = span[self.budget.choose(scores, eligible, older, kept, held_whole=len(self.ledger) - stop)]
-        column("anchor")[chosen] = True
+        whole = len(self.ledger) - stop
+        self._keep(span[self.budget.choose(column("score")[span], ~np.isnan(column("score")[span]), older, kept, whole)])
+
+    def _thin(self, span: Ints, stop: int) -> None:
+        """Which tokens of `span`, the segment that leaves, and which of the older anchors go on."""
+        column = self.ledger.column
+        anchor, always, score = column("anchor")[:stop], column("always")[:stop], column("score")[:stop]
+        alive = column("evicted")[:stop] == NEVER
+        scored = ~np.isnan(score)
+        pool = np.flatnonzero(alive & anchor & scored & ~always)
+        pool = np.concatenate([pool, span[~np.isnan(column("score")[span])]])
+        fixed = int((always | (anchor & alive & ~scored)).sum())
+        older = stop - int(column("added")[:stop].sum())
+        count = round(share(older, self.config.reduction, len(self.ledger) - stop))
+        if self.cell_budget is not None:
+            count = min(count, self._room)
+        deviation = float(np.nanstd(score)) if scored.any() else 0.0
+        stays = best(score[pool], len(self.ledger) - pool, self.config.aging, deviation, count - fixed)
+        was = anchor[pool]
+        self._keep(pool[stays & ~was])
+        gone = pool[was & ~stays]
+        column("evicted")[gone] = self.current
+        self.ledger.mark(gone, State.DROPPED, "aged: no longer among the best anchors")
+
+    def _keep(self, chosen: Ints) -> None:
+        self.ledger.column("anchor")[chosen] = True
         self.ledger.mark(chosen, State.ANCHOR, f"chosen by '{self.config.scorer}' (SEL)")
 
     def _surprise_of(self, span: Ints) -> Floats:
@@ -267,15 +301,19 @@ class Session:
         """Cell budget: the oldest anchors go first, so that what stays and the text being read fit."""
         if self.cell_budget is None:
             return
-        room = self.cell_budget - (self.config.most_whole - self.config.sinks)
         older = slice(0, int(np.searchsorted(self.ledger.column("segment"), self._left)))
         always, evicted = self.ledger.column("always")[older], self.ledger.column("evicted")[older]
         alive = np.flatnonzero(self.ledger.column("anchor")[older] & ~always & (evicted == NEVER))
-        surplus = len(alive) + int(always.sum()) - room
+        surplus = len(alive) + int(always.sum()) - self._room
         if surplus > 0:
             oldest = alive[:surplus]
             self.ledger.column("evicted")[oldest] = self.current
             self.ledger.mark(oldest, State.DROPPED, f"cell budget of {self.cell_budget} full: oldest anchor")
+
+    @property
+    def _room(self) -> int:
+        """Cells that the cell budget leaves for older text."""
+        return (self.cell_budget or 0) - (self.config.most_whole - self.config.sinks)
 
     def _free(self) -> None:
         """Free every held cell that no later query can see."""

@@ -16,7 +16,10 @@ POLICIES = {
     "ac-2-see": AnchorConfig(anchors=("AC",), ac_tokens=2, anchors_see_anchors=True, recent_window=2, max_segment=24),
     "ep-see-recent": AnchorConfig(anchors=("EP",), anchors_see_anchors=True, sinks=2, recent_window=1, max_segment=20),
     "sel": AnchorConfig(reduction=4, recent_window=1, max_segment=24, scorer="frequency"),
-    "sel-nothing-recent": AnchorConfig(reduction=4, recent_window=0, sinks=0, max_segment=24, scorer="frequency"),
+    "sel-for-good": AnchorConfig(reduction=4, recent_window=1, max_segment=24, scorer="frequency", aging=0),
+    "sel-nothing-recent": AnchorConfig(
+        reduction=4, recent_window=0, sinks=0, max_segment=24, scorer="frequency", aging=0
+    ),
     "sel-surprise": AnchorConfig(reduction=4, recent_window=1, max_segment=24, scorer="surprise"),
     "ep-and-sel": AnchorConfig(anchors=("EP", "SEL"), reduction=6, recent_window=1, max_segment=24, scorer="frequency"),
     "ep-sel-ac": AnchorConfig(anchors=("EP", "SEL", "AC"), reduction=5, recent_window=0, scorer="frequency"),

@@ -57,6 +57,9 @@ class PolicyOptions:
         "--scorer", panel=_POLICY, metavar="NAME", help="Which scorer selects anchors (needs SEL).")] = None
     reduction: Annotated[float | None, _option(
         "--reduction", panel=_POLICY, metavar="X", help="Tokens of older text per cell kept of it (needs SEL).")] = None
+    aging: Annotated[float | None, _option(
+        "--aging", panel=_POLICY, metavar="X",
+        help="How fast anchors thin out with age; 0: they stay for good (needs SEL).")] = None
     sinks: Annotated[int | None, _option(
         "--sinks", panel=_POLICY, metavar="N", help="First tokens that are never dropped.")] = None
     recent_window: Annotated[int | None, _option(
@@ -94,7 +97,7 @@ class PolicyOptions:
         if self.cell_budget is not None:
             changes["cell_budget"] = _budget(self.cell_budget)
         config = base.replace(**changes)
-        for kind, names in {"AC": ("ac_tokens",), "SEL": ("scorer", "reduction")}.items():
+        for kind, names in {"AC": ("ac_tokens",), "SEL": ("scorer", "reduction", "aging")}.items():
             for name in names:
                 if name in changes and kind not in config.anchors:
                     option = name.replace("_", "-")

@@ -18,11 +18,12 @@ from torch import nn
 from anchorkv.config import AnchorConfig
 from anchorkv.engines.base import CELLS, Bools, Cells, Ints, ModelInfo, Tokenizer
 from anchorkv.engines.torch_memory import floats
-from anchorkv.engines.torch_model import cache_argument, check_arguments
+from anchorkv.engines.torch_model import cache_argument, check_arguments, layer_kinds
 from anchorkv.errors import ConfigError
 from anchorkv.ledger import Ledger
 from anchorkv.scorers import scorer
-from anchorkv.train.objective import loss
+from anchorkv.train.attention import is_plain, masked
+from anchorkv.train.objective import apartness, candidates, loss
 from anchorkv.train.plan import PlanningEngine, plan
 from anchorkv.visibility import NEVER, Recalled, dense_mask
 
@@ -35,6 +36,7 @@ class Policies:
     reductions: tuple[float, float] = (4.0, 30.0)
     """Drawn evenly on a logarithmic scale (SEL)."""
     windows: tuple[int, ...] = (0, 1, 1, 2)
+    agings: tuple[float, ...] = (0.0, 2.0, 4.0, 4.0)
     recall_share: float = 0.1
     """Share of the segments that are left visible, as if recalled …"""
     recall_documents: float = 0.3
@@ -47,6 +49,7 @@ class Policies:
         changes: dict[str, Any] = {"recall": "off", "cell_budget": None, "recent_window": window}
         if "SEL" in self.base.anchors:
             changes["reduction"] = float(np.exp(random.uniform(low, high)))
+            changes["aging"] = float(random.choice(self.agings))
         recalled = self.recall_share if random.random() < self.recall_documents else 0.0
         return self.base.replace(**changes), recalled
 
@@ -102,14 +105,15 @@ class Student(nn.Module):
 
     def __init__(
         self, model: Any, tokenizer: Tokenizer, info: ModelInfo, policies: Policies, *, distil: float = 1.0,
-        next_token: float = 0.0,
+        next_token: float = 0.0, vocabulary: float = 1.0, hidden: float = 0.0,
     ) -> None:
-        """model: a transformers or PEFT model. Raises ConfigError when there is nothing to learn from."""
+        """model: a transformers or PEFT model. vocabulary: see `candidates`. Raises ConfigError when there is nothing to learn from."""
         super().__init__()
         if distil < 0 or next_token < 0 or not distil + next_token:
             raise ConfigError("The weights of distillation and next-token loss must not be negative, nor both 0.")
         self.model, self.tokenizer, self.info, self.policies = model, tokenizer, info, policies
-        self.distil, self.next_token = distil, next_token
+        self.distil, self.next_token, self.vocabulary, self.hidden = distil, next_token, vocabulary, hidden
+        self.plain = is_plain(self.bare, layer_kinds(self.bare.config))
         self.cache_name = cache_argument(check_arguments(self.bare))
         self.reads_cells = "SEL" in policies.base.anchors and CELLS in scorer(policies.base.scorer, info).needs
 
@@ -127,63 +131,65 @@ class Student(nn.Module):
             self._read(input_ids[row].tolist(), lengths[row], None if cells is None else cells[row], int(seeds[row]))
             for row in range(len(lengths))
         ]
-        hidden = self.hidden(readings)
-        said = torch.cat([hidden[row, self._indices(found.asks)] for row, found in enumerate(readings)])
-        heard = torch.cat([told[row, self._indices(found.answers - 1)] for row, found in enumerate(readings)])
-        wanted = torch.cat([input_ids[row, self._indices(found.answers)] for row, found in enumerate(readings)])
-        if not len(said):  # documents too short for anything to be dropped
-            return {"loss": hidden.sum() * 0}
-        value = loss(
-            said, heard, self.bare.get_output_embeddings(), wanted, distil=self.distil, next_token=self.next_token
-        )
-        return {"loss": value * len(said) / input_ids.numel()}
+        states = self.read(readings, middle=self.hidden > 0)
+        total = states[0].sum() * 0  # documents too short for anything to be dropped have a gradient too: none
+        for row, found in enumerate(readings):
+            if len(found.asks):
+                asks, answers = self._indices(found.asks), self._indices(found.answers)
+                random = np.random.default_rng(int(seeds[row]) + 1)
+                value = loss(
+                    states[0][row, asks], told[0][row, answers - 1], self.bare.get_output_embeddings(),
+                    input_ids[row, answers], distil=self.distil, next_token=self.next_token,
+                    over=candidates(input_ids[row], self.info.vocabulary, self.vocabulary, random),
+                )
+                if self.hidden:
+                    value = value + self.hidden * apartness(
+                        [said[row, asks] for said in states[1:]], [heard[row, answers - 1] for heard in told[1:]]
+                    )
+                total = total + len(found.asks) * value
+        return {"loss": total / input_ids.numel()}
 
-    def hidden(self, readings: Sequence[Reading]) -> torch.Tensor:
-        """Final hidden states [rows, m, d] of blocks read under their masks."""
+    def read(self, readings: Sequence[Reading], middle: bool = False) -> list[torch.Tensor]:
+        """Hidden states [rows, m, d] of blocks read under their masks, as `states` gives them."""
         width = max(len(found.tokens) for found in readings)
         ids, positions = (torch.zeros(len(readings), width, dtype=torch.long) for _ in range(2))
-        mask = torch.eye(width, dtype=torch.bool).repeat(len(readings), 1, 1)  # padding sees itself: no empty row
+        masks = [np.eye(width, dtype=bool) for _ in readings]  # padding sees itself: no empty row
         for row, found in enumerate(readings):
             size = len(found.tokens)
             ids[row, :size], positions[row, :size] = torch.from_numpy(found.tokens), torch.from_numpy(found.positions)
-            mask[row, :size, :size] = torch.from_numpy(found.mask)
-        return self.states(ids, positions, mask)
+            masks[row][:size, :size] = found.mask
+        return self.states(ids, positions, masks, middle=middle)
 
     def states(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, cache: Any = None
-    ) -> torch.Tensor:
-        """ids, positions [rows, m]; mask [rows, m, m], None: causal. Final hidden states [rows, m, d]."""
-        device = self.bare.device
-        states: torch.Tensor = self.bare.base_model(
-            input_ids=ids.to(device), position_ids=positions.to(device), use_cache=cache is not None,
-            attention_mask=None if mask is None else mask[:, None].to(device), **{self.cache_name: cache},
-        ).last_hidden_state
-        return states
+        self, ids: torch.Tensor, positions: torch.Tensor, masks: Sequence[Bools] | None, cache: Any = None, *,
+        middle: bool = False,
+    ) -> list[torch.Tensor]:
+        """ids, positions [rows, m]; masks: [m, m] a row, None: causal. The final hidden states [rows, m, d] and, if
+        `middle`, those of some layers of the upper two thirds."""
+        with masked(self.bare, masks, self.plain) as mask:
+            found = self.bare.base_model(
+                input_ids=ids.to(self.bare.device), position_ids=positions.to(self.bare.device),
+                use_cache=cache is not None, attention_mask=mask, output_hidden_states=middle,
+                **{self.cache_name: cache},
+            )
+        layers = len(found.hidden_states) - 1 if middle else 0
+        some = found.hidden_states[layers // 3 : layers : max(1, layers // 6)] if middle else ()
+        return [found.last_hidden_state, *some]
 
     @torch.no_grad()
     def _teach(
         self, input_ids: torch.Tensor, lengths: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, list[Cells] | None]:
-        """Final hidden states [rows, n, d] of the full cache, adapter off, and each row's cells if a scorer asks."""
+    ) -> tuple[list[torch.Tensor], list[Cells] | None]:
+        """Hidden states [rows, n, d] of the full cache, adapter off, and each row's cells if a scorer asks."""
         from transformers import DynamicCache
 
         cache = DynamicCache() if self.reads_cells else None
         off: AbstractContextManager[Any] = nullcontext()
         if hasattr(self.model, "disable_adapter"):
             off = self.model.disable_adapter()
-        width = input_ids.shape[1]
-        positions, mask = torch.zeros_like(input_ids, device="cpu"), None
-        if any(len(row) > 1 for row in lengths):
-            mask = torch.eye(width, dtype=torch.bool).repeat(len(lengths), 1, 1)
-        for row, sizes in enumerate(lengths):
-            at = 0
-            for size in sizes:
-                positions[row, at : at + size] = torch.arange(size)
-                if mask is not None:
-                    mask[row, at : at + size, at : at + size] = torch.ones(size, size, dtype=torch.bool).tril()
-                at += size
+        positions, masks = apart(lengths, input_ids.shape[1])
         with off:
-            states = self.states(input_ids, positions, mask, cache)
+            states = self.states(input_ids, positions, masks, cache, middle=self.hidden > 0)
         return states, None if cache is None else [cells_of(cache, row) for row in range(len(lengths))]
 
     def _read(self, tokens: list[int], sizes: Sequence[int], cells: Cells | None, seed: int) -> Reading:
@@ -201,6 +207,20 @@ class Student(nn.Module):
 
     def _indices(self, positions: Ints) -> torch.Tensor:
         return torch.from_numpy(positions).to(self.bare.device)
+
+
+def apart(lengths: Sequence[Sequence[int]], width: int) -> tuple[torch.Tensor, list[Bools] | None]:
+    """Positions [rows, width] and causal masks of documents beside each other; no masks where each row holds one."""
+    positions = torch.zeros(len(lengths), width, dtype=torch.long)
+    masks = [np.eye(width, dtype=bool) for _ in lengths] if any(len(row) > 1 for row in lengths) else None
+    for row, sizes in enumerate(lengths):
+        at = 0
+        for size in sizes:
+            positions[row, at : at + size] = torch.arange(size)
+            if masks is not None:
+                masks[row][at : at + size, at : at + size] = np.tri(size, dtype=bool)
+            at += size
+    return positions, masks
 
 
 def cells_of(cache: Any, row: int) -> Cells:

@@ -56,6 +56,11 @@ class Settings:
     warmup: float = 0.05
     distil: float = 1.0
     next_token: float = 0.0
+    hidden: float = 0.0
+    """Weights of the three losses (objective.py)."""
+    vocabulary: float = 0.125
+    """Share of the vocabulary that the loss is computed over."""
+    windows: tuple[int, ...] = (0, 1, 1, 2)
     reductions: tuple[float, float] = (4.0, 30.0)
     seed: int = 0
     targets: tuple[str, ...] = field(default=TARGETS)
@@ -159,8 +164,8 @@ def train(
     set_seed(settings.seed)  # the adapter's first weights are drawn
     student = Student(
         with_adapter(engine.model, settings), engine.tokenizer, engine.info,
-        Policies(settings.policy, reductions=settings.reductions), distil=settings.distil,
-        next_token=settings.next_token,
+        Policies(settings.policy, reductions=settings.reductions, windows=settings.windows), distil=settings.distil,
+        next_token=settings.next_token, hidden=settings.hidden, vocabulary=settings.vocabulary,
     )
     arguments = TrainingArguments(
         output_dir=str(out), per_device_train_batch_size=settings.rows,

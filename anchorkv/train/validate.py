@@ -77,7 +77,7 @@ def _reading(student: Student, tokens: list[int], config: AnchorConfig, cells: C
 
 def _losses(student: Student, found: Reading, tokens: list[int]) -> torch.Tensor:
     """-log p [scored] of the tokens from UNSCORED on."""
-    hidden = student.hidden([found])[0]
+    hidden = student.read([found])[0][0]
     scored = found.answers >= UNSCORED
     rows, answers = torch.from_numpy(found.asks[scored]), torch.from_numpy(found.answers[scored])
     targets, head = torch.tensor(tokens)[answers], student.bare.get_output_embeddings()
