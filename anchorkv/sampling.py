@@ -31,20 +31,25 @@ class Sampling:
         if self.repetition_penalty <= 0:
             raise ConfigError(f"repetition_penalty must be above 0 (got {self.repetition_penalty}).")
 
-    def sampler(self) -> Sampler:
-        return Sampler(self)
+    def sampler(self, never: int | None = None) -> Sampler:
+        """never: a token that is not drawn, whatever its logit."""
+        return Sampler(self, never)
 
 
 class Sampler:
     """One answer's sampler; it remembers what it drew."""
 
-    def __init__(self, options: Sampling) -> None:
+    def __init__(self, options: Sampling, never: int | None = None) -> None:
         self.options = options
+        self._never = never
         self._random = np.random.default_rng(options.seed)
         self._drawn: set[int] = set()
 
     def draw(self, logits: Floats) -> int:
         """The next token's id. logits: [vocabulary]."""
+        if self._never is not None:
+            logits = logits.copy()
+            logits[self._never] = -np.inf
         token = self._draw(self._penalised(logits))
         self._drawn.add(token)
         return token

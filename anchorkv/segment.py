@@ -9,9 +9,9 @@ The price: where only the next word could tell, the segmenter guesses. What mere
 number ("etc.", "he was 25.") does not end its sentence, so the next sentence joins it; "..." in three tokens ends at
 its first dot; a closing quote or a line break that comes as a token of its own after an end begins the next segment.
 
-The segment and its end token are AnLLM's (arXiv 2402.07616, section 3.2); the kind "separator" is SepLLM's
-(arXiv 2412.12094). The first half of this file judges text (pure functions of the current line); the class at the end
-keeps the little that must be remembered between tokens.
+The segment and its end token are AnLLM's (arXiv 2402.07616, section 3.2); the kind "period" is what its EP checkpoints
+were trained with; the kind "separator" is SepLLM's (arXiv 2412.12094). The first half of this file judges text (pure
+functions of the current line); the class at the end keeps the little that must be remembered between tokens.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ CLOSERS = frozenset("'\"”’»)]}）］｝」』】〉》〕*_`")
 
 WEAK = frozenset(",;:、，；：—…")
 SEPARATORS = frozenset(".,?!;:\t\n。、，！？；：")
+PERIOD = b"."
+"""The only token that ends a segment of the kind "period", in numbers and abbreviations too: the paper's training went
+by this one id, so " ." and "..." are no ends either."""
 
 PAIRS = dict(zip('([（［「『【〔《〈“„«"', ')]）］」』】〕》〉”“»"', strict=True))
 MARKS = frozenset(PAIRS) | frozenset(PAIRS.values())
@@ -250,7 +253,9 @@ class Segmenter:
         self._length += 1
         self.at_separator = False
         ended = self._length >= self._max
-        if self._kind != "fixed":
+        if self._kind == "period":
+            ended = ended or (self._length >= self._min and self._piece(token) == PERIOD)
+        elif self._kind != "fixed":
             known = self._pieces.get(token)
             if known is None:
                 known = self._pieces[token] = _classify(self._piece(token))

@@ -262,7 +262,8 @@ class Session:
         older = stop - int(column("added")[:stop].sum())
         kept = int((column("always")[:stop] | column("anchor")[:stop]).sum())
         whole = len(self.ledger) - stop
-        self._keep(span[self.budget.choose(column("score")[span], ~np.isnan(column("score")[span]), older, kept, whole)])
+        scores = column("score")[span]
+        self._keep(span[self.budget.choose(scores, ~np.isnan(scores), older, kept, whole)])
 
     def _thin(self, span: Ints, stop: int) -> None:
         """Which tokens of `span`, the segment that leaves, and which of the older anchors go on."""
@@ -275,15 +276,16 @@ class Session:
         fixed = int((always | (anchor & alive & ~scored)).sum())
         older = stop - int(column("added")[:stop].sum())
         count = round(share(older, self.config.reduction, len(self.ledger) - stop))
-        if self.cell_budget is not None:
-            count = min(count, self._room)
+        why = "aged: no longer among the best anchors"
+        if self.cell_budget is not None and count > self._room:
+            count, why = self._room, f"cell budget of {self.cell_budget} full: no longer among the best anchors"
         deviation = float(np.nanstd(score)) if scored.any() else 0.0
         stays = best(score[pool], len(self.ledger) - pool, self.config.aging, deviation, count - fixed)
         was = anchor[pool]
         self._keep(pool[stays & ~was])
         gone = pool[was & ~stays]
         column("evicted")[gone] = self.current
-        self.ledger.mark(gone, State.DROPPED, "aged: no longer among the best anchors")
+        self.ledger.mark(gone, State.DROPPED, why)
 
     def _keep(self, chosen: Ints) -> None:
         self.ledger.column("anchor")[chosen] = True

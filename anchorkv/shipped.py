@@ -1,4 +1,4 @@
-"""What comes with a model: a scorer of its own (in its GGUF file), or one that the package brings for it."""
+"""What the package brings for a model: a trained adapter, and the scorer that chooses its anchors."""
 
 from __future__ import annotations
 
@@ -37,3 +37,9 @@ def scorer_path(info: ModelInfo) -> Path | None:
         if known.is_model(info) and path.is_file():
             return path
     return None
+
+
+def adapter_folder(name: str) -> Path | None:
+    """The adapter that the package brings for the model `name`, None where there is none."""
+    folder = FOLDER / name
+    return folder if (folder / "adapter_model.safetensors").is_file() else None

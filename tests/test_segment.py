@@ -16,7 +16,10 @@ from anchorkv.segment import Segmenter, split
 FREE = AnchorConfig(min_segment=1, max_segment=200)
 SMALL = AnchorConfig(min_segment=4, max_segment=12)
 DEFAULT = AnchorConfig()
-CONFIGS = [FREE, SMALL, DEFAULT, preset("sepllm"), AnchorConfig(segments="fixed", min_segment=1, max_segment=7)]
+PERIOD = AnchorConfig(segments="period", min_segment=1, max_segment=9)
+CONFIGS = [
+    FREE, SMALL, DEFAULT, preset("sepllm"), PERIOD, AnchorConfig(segments="fixed", min_segment=1, max_segment=7),
+]  # fmt: skip
 
 WORDS = re.compile(r" ?\w+|\n+|[ \t]+|\.{3}|[^\w\s]", re.ASCII)
 
@@ -213,6 +216,18 @@ def test_separator() -> None:
     ]  # fmt: skip
     assert cut(by_byte("次、。x"), config) == ["次、", "。", "x"]
     assert max(map(len, split([97] * 100, config, byte_token))) == config.max_segment
+
+
+def test_period_is_one_token_and_nothing_else() -> None:
+    config = PERIOD.replace(max_segment=40)
+    assert cut(by_word("It rained! Why? Pi is 3.14, e.g. here.\n\nOn"), config) == [
+        "It rained! Why? Pi is 3.", "14, e.", "g.", " here.", "\n\nOn",
+    ]  # fmt: skip
+    assert cut([b"So", b"...", b" .", b'."', b".\n", b" it", b".", b".", b"x"], config) == [
+        'So... ..".\n it.', ".", "x",
+    ]  # fmt: skip
+    assert cut([b"a", b".", b"b", b"."], config.replace(min_segment=3)) == ["a.b."]
+    assert [len(segment) for segment in split([97] * 20, PERIOD, byte_token)] == [9, 9, 2]
 
 
 def test_fixed() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorkv.errors import ConfigError
-from anchorkv.selection import RunningBudget
+from anchorkv.selection import AGE, RunningBudget, best, share
 
 
 def run(scores, lengths, reduction, sinks=4, pinned=0.0, seed=0):
@@ -122,3 +122,32 @@ def test_a_copy_continues_alike_and_apart():
 def test_a_reduction_must_reduce(reduction):
     with pytest.raises(ConfigError):
         RunningBudget(reduction)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 200), count=st.integers(0, 220), aging=st.floats(0, 9))
+def test_as_many_anchors_stay_as_may(seed, size, count, aging):
+    random = np.random.default_rng(seed)
+    scores = np.where(random.random(size) < 0.1, np.nan, random.standard_normal(size)).astype(np.float32)
+    assert best(scores, random.permutation(size), aging, 1.0, count).sum() == min(size, count)
+
+
+def test_without_aging_the_best_scores_stay_and_with_much_of_it_the_youngest():
+    random = np.random.default_rng(1)
+    scores, ages = random.standard_normal(500).astype(np.float32), random.permutation(500) * 3
+    assert set(np.flatnonzero(best(scores, ages, 0, 1, 50))) == set(np.argsort(-scores)[:50])
+    assert set(np.flatnonzero(best(scores, ages, 1000, 1, 50))) == set(np.argsort(ages)[:50])
+
+
+def test_an_old_anchor_stays_by_what_it_is_worth():
+    """A deviation of score outweighs one e-fold of 1 + age / AGE at an aging of 1."""
+    ages = np.asarray([0, round(AGE * (np.e - 1))])
+    assert best(np.asarray([0, 1.01], dtype=np.float32), ages, 1, 1, 1).tolist() == [False, True]
+    assert best(np.asarray([0, 0.99], dtype=np.float32), ages, 1, 1, 1).tolist() == [True, False]
+    assert best(np.asarray([0, 1.01], dtype=np.float32), ages, 1, 2, 1).tolist() == [True, False]
+
+
+def test_cells_held_whole_pay_for_a_tenth_of_the_share_at_most():
+    assert share(1200, 12, 0) == 100
+    assert share(1200, 12, 7) == 93
+    assert share(1200, 12, 80) == 90

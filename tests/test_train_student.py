@@ -21,7 +21,7 @@ from anchorkv.engines.torch import TorchEngine  # noqa: E402
 from anchorkv.engines.torch_tokenizer import TorchTokenizer  # noqa: E402
 from anchorkv.errors import ConfigError  # noqa: E402
 from anchorkv.session import Session  # noqa: E402
-from anchorkv.train.objective import loss  # noqa: E402
+from anchorkv.train.objective import apartness, candidates, loss  # noqa: E402
 from anchorkv.train.student import Policies, Student, join, reading  # noqa: E402
 from anchorkv.train.validate import validate  # noqa: E402
 
@@ -35,7 +35,8 @@ def engine() -> TorchEngine:
 
 def fixed(policy: AnchorConfig) -> Policies:
     """Draws nothing but `policy`."""
-    return Policies(policy, (policy.reduction, policy.reduction), (policy.recent_window,), recall_documents=0.0)
+    same = (policy.reduction, policy.reduction)
+    return Policies(policy, same, (policy.recent_window,), (policy.aging,), recall_documents=0.0)
 
 
 def batch(documents: list[list[int]]) -> dict[str, Any]:
@@ -116,8 +117,8 @@ def test_the_teacher_is_the_model_without_its_adapter(engine: TorchEngine) -> No
     student = Student(with_lora(engine), engine.tokenizer, engine.info, fixed(POLICIES["sel"]))
     told, cells = student._teach(ids, [[60]])
     assert cells is None
-    torch.testing.assert_close(told, wanted)
-    assert not torch.allclose(student.states(ids, torch.arange(60)[None], None), wanted, atol=1e-3)
+    torch.testing.assert_close(told[0], wanted)
+    assert not torch.allclose(student.states(ids, torch.arange(60)[None], None)[0], wanted, atol=1e-3)
 
 
 def test_a_scorer_reads_the_teachers_cells(engine: TorchEngine, tmp_path: Path) -> None:
@@ -184,3 +185,59 @@ def test_joined_readings_lie_beside_each_other(engine: TorchEngine) -> None:
     assert not found.mask[:size, size:].any()
     assert found.positions[size] == 0
     assert join([first], [60]).asks.tolist() == first.asks.tolist()
+
+
+def _heads(vocabulary: int = 400) -> tuple[Any, Any, Any, Any]:
+    torch.manual_seed(3)
+    head = torch.nn.Linear(16, vocabulary, bias=False).requires_grad_(False)
+    student, teacher = torch.randn(30, 16, requires_grad=True), torch.randn(30, 16)
+    return head, student, teacher, torch.randint(vocabulary, (30,))
+
+
+def test_all_candidates_give_the_exact_loss_and_gradient() -> None:
+    head, student, teacher, targets = _heads()
+    over = candidates(targets, 400, 1.0, np.random.default_rng(0))
+    assert over.ids.tolist() == list(range(400))
+    found = loss(student, teacher, head, targets, distil=0.7, next_token=0.3, over=over)
+    logs, told = head(student).log_softmax(-1), head(teacher).log_softmax(-1)
+    wanted = 0.7 * torch.nn.functional.kl_div(logs, told, reduction="batchmean", log_target=True)
+    wanted = wanted + 0.3 * torch.nn.functional.nll_loss(logs, targets)
+    torch.testing.assert_close(found, wanted)
+    (mine,), (theirs,) = torch.autograd.grad(found, student), torch.autograd.grad(wanted, student)
+    torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_sampled_candidates_estimate_the_loss_over_all() -> None:
+    head, student, teacher, targets = _heads()
+    exact = float(loss(student, teacher, head, targets).detach())
+    sampled = [
+        float(loss(
+            student, teacher, head, targets, over=candidates(targets, 400, 0.25, np.random.default_rng(seed))
+        ).detach())
+        for seed in range(200)
+    ]
+    assert np.mean(sampled) == pytest.approx(exact, rel=0.03)
+    assert np.std(sampled) > 0
+
+
+def test_every_token_of_the_text_is_a_candidate() -> None:
+    text = torch.tensor([7, 7, 399, 0])
+    over = candidates(text, 400, 0.1, np.random.default_rng(0))
+    assert {0, 7, 399} <= set(over.ids.tolist())
+    assert over.weights[torch.isin(over.ids, text)].tolist() == [0, 0, 0]
+    assert float(over.weights.exp().sum()) == pytest.approx(400)
+
+
+def test_hidden_states_are_apart_by_their_relative_distance() -> None:
+    teacher = torch.randn(5, 8)
+    assert float(apartness([teacher, teacher], [teacher, teacher])) == 0
+    assert float(apartness([1.1 * teacher], [teacher])) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_hidden_states_are_learned_from(engine: TorchEngine) -> None:
+    """A student whose logits are right but whose middle is not still has something to learn."""
+    student = Student(
+        with_lora(engine), engine.tokenizer, engine.info, fixed(POLICIES["sel"]), distil=0.0, next_token=1e-9,
+        hidden=1.0,
+    )
+    assert float(student(**batch([engine.tokenizer.encode(TEXT)]))["loss"].detach()) > 1e-4

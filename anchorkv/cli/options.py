@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from typer import Option
 
+from anchorkv.cli.screen import merging_bar
 from anchorkv.config import PRESETS, AnchorConfig, preset
 from anchorkv.errors import ConfigError
-from anchorkv.models import EngineName, Model, load
+from anchorkv.models import EngineName, Model, Policy, load
 from anchorkv.sampling import Sampling
 from anchorkv.scorers import scorer
 
@@ -37,9 +38,16 @@ class ModelOptions:
     engine: Annotated[EngineName, _option("--engine", panel=_MODEL, help="auto takes llama for GGUF files.")] = "auto"
     threads: Annotated[int | None, _option("--threads", panel=_MODEL, min=1, help="Processor threads.")] = None
 
-    def load(self, policy: AnchorConfig | None) -> Model:
+    adapter: Annotated[bool, _option(
+        "--adapter/--no-adapter", panel=_MODEL, help="Whether the built-in model uses its built-in adapter.")] = True
+
+    def load(self, policy: Policy | None) -> Model:
         """policy: None takes the model's own. Raises ModelError when the model cannot be found or used."""
-        return load(self.model, engine=self.engine, policy=policy, threads=self.threads)
+        with merging_bar() as progress:
+            return load(
+                self.model, engine=self.engine, policy=policy, threads=self.threads, adapter=self.adapter,
+                progress=progress,
+            )
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class PolicyOptions:
     pinned: Annotated[list[str] | None, _option(
         "--pin", panel=_POLICY, metavar="TEXT", help="A span that is never dropped; repeatable.")] = None
     segments: Annotated[str | None, _option(
-        "--segments", panel=_POLICY, metavar="KIND", help="sentence, separator or fixed.")] = None
+        "--segments", panel=_POLICY, metavar="KIND", help="sentence, period, separator or fixed.")] = None
     min_segment: Annotated[int | None, _option(
         "--min-segment", panel=_POLICY, metavar="N", help="Tokens a segment has at least.")] = None
     max_segment: Annotated[int | None, _option(
@@ -85,7 +93,19 @@ class PolicyOptions:
 
     def config(self) -> AnchorConfig:
         """The policy that these options make. Raises ConfigError for what is unknown, out of range or contradictory."""
-        base = _named(self.policy or "default")
+        return self._changed(_named(self.policy or "default"))
+
+    def chosen(self) -> Policy | None:
+        """`config` where a policy was named; what changes the model's own where only options were; None for neither.
+
+        Raises ConfigError for what is wrong whatever the model's own policy is.
+        """
+        if self.policy is not None:
+            return self.config()
+        self._changes()
+        return self._changed if self.given() else None
+
+    def _changes(self) -> dict[str, Any]:
         changes = {
             field.name: getattr(self, field.name)
             for field in fields(self) if field.name != "policy" and getattr(self, field.name) is not None
@@ -96,6 +116,13 @@ class PolicyOptions:
             changes["pinned"] = tuple(self.pinned)
         if self.cell_budget is not None:
             changes["cell_budget"] = _budget(self.cell_budget)
+        if self.scorer is not None:
+            scorer(self.scorer)  # an unknown scorer should be told before a model is loaded
+        return changes
+
+    def _changed(self, base: AnchorConfig) -> AnchorConfig:
+        """`base` with what these options change."""
+        changes = self._changes()
         config = base.replace(**changes)
         for kind, names in {"AC": ("ac_tokens",), "SEL": ("scorer", "reduction", "aging")}.items():
             for name in names:
@@ -104,12 +131,8 @@ class PolicyOptions:
                     have = "+".join(config.anchors) or "none"
                     raise ConfigError(f"--{option} needs {kind} anchors, but the policy has {have}.")
         if "SEL" in config.anchors:
-            scorer(config.scorer)  # an unknown scorer should be told before a model is loaded
+            scorer(config.scorer)
         return config
-
-    def chosen(self) -> AnchorConfig | None:
-        """`config`, or None where no option was given: the model's own policy then holds."""
-        return self.config() if self.given() else None
 
     def given(self) -> list[str]:
         """The options of this group that were given, as they are written."""

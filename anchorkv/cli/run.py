@@ -90,7 +90,7 @@ def run(
         if as_json:
             print_json(_report(loaded, sides, interrupted))
         else:
-            _print_figures(console, sides)
+            _print_figures(console, sides, loaded.adapter)
     if interrupted:
         raise typer.Exit(130)
 
@@ -150,13 +150,15 @@ def _print_recalled(console: Console, side: Side) -> None:
         console.print(text, style="dim", markup=False)
 
 
-def _print_figures(console: Console, sides: list[Side]) -> None:
+def _print_figures(console: Console, sides: list[Side], adapter: str) -> None:
     first = sides[0]
     info, policy = first.document.session.engine.info, first.document.session.config
     console.print()
     console.print(
         f"{first.document.title}: {first.document.accounting().full_cells:,} tokens, read by {info.name} "
-        f"({info.weights or first.document.session.engine.name}), anchors {'+'.join(policy.anchors) or 'none'}",
+        f"({info.weights or first.document.session.engine.name}) "
+        + (f"with its anchor adapter ({adapter})" if adapter else "without an adapter")
+        + f", anchors {'+'.join(policy.anchors) or 'none'}",
         style="dim", markup=False,
     )
     if len(sides) == 2:
@@ -169,7 +171,8 @@ def _report(model: Model, sides: list[Side], interrupted: bool) -> dict[str, Any
     info, document = model.engine.info, sides[0].document
     out: dict[str, Any] = {
         "title": document.title,
-        "model": {"name": info.name, "engine": model.engine.name, "weights": info.weights, "window": info.window},
+        "model": {"name": info.name, "engine": model.engine.name, "weights": info.weights, "window": info.window,
+                  "adapter": model.adapter or None},
         "policy": document.session.config.model_dump(mode="json"),
         **sides[0].as_dict(),
     }

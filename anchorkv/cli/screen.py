@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -20,6 +20,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from anchorkv.errors import AnchorKVError
 
@@ -58,8 +59,26 @@ def write_file(path: str | Path, text: str) -> None:
         raise AnchorKVError(f"{path} cannot be written ({error.strerror}); choose another place.") from None
 
 
+class Bar(Progress):
+    """One piece of work: called with (units done, units in all). `say` puts a line of figures under it."""
+
+    _figures = ""
+
+    def __call__(self, done: int, total: int) -> None:
+        self.update(self.task_ids[0], completed=done, total=total)
+
+    def say(self, title: str, figures: str) -> None:
+        self._figures = figures
+        self.update(self.task_ids[0], description=title)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self._figures:
+            yield Text(self._figures, style="cyan", no_wrap=True, overflow="ellipsis")
+
+
 @contextmanager
-def work_bar(title: str, unit: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+def work_bar(title: str, unit: str, quiet: bool) -> Iterator[Bar]:
     """A progress bar on standard error, as a callback (units done, units in all). "bytes" are shown in kB, MB …"""
     amount = (DownloadColumn(True),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))
     columns = (
@@ -67,9 +86,28 @@ def work_bar(title: str, unit: str, quiet: bool) -> Iterator[Callable[[int, int]
         TimeRemainingColumn(compact=True),
     )
     console = stderr()
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    # The time left is judged by the last ten minutes: rich's own half a minute may be less than one training step.
+    with Bar(
+        *columns, console=console, transient=True, speed_estimate_period=600,
+        disable=quiet or not console.is_terminal,
+    ) as bar:
+        bar.add_task(title, total=None)
+        yield bar
+
+
+@contextmanager
+def merging_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar (bytes done, bytes in all) that appears when it is first called: most loads merge nothing."""
+    with ExitStack() as stack:
+        bars: list[Bar] = []
+
+        def report(done: int, total: int) -> None:
+            if not bars:
+                note("Merging the built-in adapter into the built-in model, once; --no-adapter leaves it out.")
+                bars.append(stack.enter_context(work_bar("Merging", "bytes", quiet=False)))
+            bars[0](done, total)
+
+        yield report
 
 
 @contextmanager

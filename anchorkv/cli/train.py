@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
 
 from anchorkv.cli.options import JsonOption, ModelOptions, PolicyOptions, takes_options
-from anchorkv.cli.screen import note, print_json, stdout, work_bar
+from anchorkv.cli.screen import note, print_json, stderr, stdout, work_bar
 from anchorkv.errors import ConfigError, ModelError
+from anchorkv.export import POLICY_FILE
 from anchorkv.models import builtin
 
 
 @takes_options
 def train(
-    out: Annotated[Path, Argument(metavar="OUT", help="Folder for the adapter and its checkpoints, or the scorer.")],
     *,
     data: Annotated[str, Option(
-        "--data", "-d", metavar="FILE|FOLDER|RECIPE|NAME",
+        "--data", "-d", metavar="FILE|FOLDER|RECIPE|NAME", show_default=False,
         help="Text to learn from: jsonl, txt, md, parquet (compressed or not), a YAML recipe, a hub dataset.")],
+    out: Annotated[Path, Option(
+        "--out", "-o", metavar="DIR", show_default=False,
+        help="Folder for the adapter, its checkpoints, curves and model card; or for the scorer.")],
     only_scorer: Annotated[bool, Option("--only-scorer", help="Fit the scorer alone: minutes.")] = False,
     tokens: Annotated[int, Option(min=1, help="Tokens of text to train on.")] = 1_000_000,
-    length: Annotated[int, Option(min=128, help="Tokens of a block.")] = 1024,
+    length: Annotated[int, Option(min=128, help="Tokens of a block.")] = 2048,
     rows: Annotated[int, Option(min=1, help="Blocks a process reads at once.")] = 1,
-    accumulation: Annotated[int, Option(min=1, help="Times it reads before each step.")] = 4,
+    accumulation: Annotated[int, Option(min=1, help="Times it reads before each step.")] = 1,
+    start: Annotated[Path | None, Option(metavar="ADAPTER", help="Folder of an adapter to go on from.")] = None,
     rank: Annotated[int, Option(min=0, help="Of the LoRA matrices; 0 trains all weights.")] = 32,
     rate: Annotated[float, Option(help="Learning rate.")] = 5e-4,
     distil: Annotated[float, Option(min=0, help="Weight of the divergence from the full cache.")] = 1.0,
     next_token: Annotated[float, Option(min=0, help="Weight of the plain next-token loss (the paper's).")] = 0.0,
-    validation: Annotated[str | None, Option(metavar="FILE|…", help="Text to measure progress on.")] = None,
+    hidden: Annotated[float, Option(min=0, help="Weight of the hidden states' distance from the full cache's.")] = 0.0,
+    vocabulary: Annotated[float, Option(
+        min=0.001, max=1, help="Share of the vocabulary that the loss is computed over; 1 is exact.")] = 0.125,
+    validation: Annotated[str | None, Option(
+        metavar="FILE|…", help="Text to measure progress on, at the start and at every checkpoint.")] = None,
     save_steps: Annotated[int, Option(min=1, help="Steps between checkpoints.")] = 50,
     seed: Annotated[int, Option(min=0, help="Of the data's order and the drawn policies.")] = 0,
     as_json: JsonOption = False,
@@ -38,13 +48,13 @@ def train(
     policy: PolicyOptions,
 ) -> None:
     """Train a LoRA adapter (or all weights) so that anchors hold what their text said. Goes on where it stopped."""
-    config = policy.config()
-    for library in ("torch", "transformers", *(() if only_scorer else ("peft",))):
+    config, out = policy.config(), out.expanduser()
+    for library in ("torch", "transformers", *(() if only_scorer else ("peft", "matplotlib"))):
         if importlib.util.find_spec(library) is None:
             raise ModelError(f"Training needs {library}, which is not installed: pip install 'anchorkv[train]'.")
     if model.engine == "llama":
         raise ConfigError("Training runs on the torch engine; leave out --engine llama.")
-    source = model.model or str(builtin())
+    source, first = model.model or str(builtin()), os.environ.get("RANK", "0") == "0"
     if only_scorer:
         report = _fit_scorer(source, data, out, tokens, length, seed, config, as_json)
     else:
@@ -53,9 +63,11 @@ def train(
         settings = Settings(
             model=source, data=data, policy=config, tokens=tokens, length=length, rows=rows,
             accumulation=accumulation, rank=rank, alpha=2 * rank, rate=rate, distil=distil, next_token=next_token,
-            seed=seed,
+            hidden=hidden, vocabulary=vocabulary, start=str(start.expanduser()) if start else None, seed=seed,
         )
-        report = _train(settings, out, validation, save_steps, as_json)
+        report = _train(settings, out, validation, save_steps, as_json or not first)
+    if not first:  # of several processes one speaks
+        return
     if as_json:
         print_json(report)
     else:
@@ -67,10 +79,34 @@ def _train(settings: Any, out: Path, validation: str | None, save_steps: int, qu
     from anchorkv.train.progress import Progress
     from anchorkv.train.trainer import train as run
 
-    with work_bar("Training", "tokens", quiet) as bar:
-        progress = Progress(settings, out, validation, bar, None if quiet else stdout())
+    if done := _reached(settings, out):
+        if not quiet:
+            note(f"{out} has been trained on {done:,} tokens already, so there is nothing to do.")
+        return {"adapter": str(out), "tokens": done}
+    with work_bar("Loading", "tokens", quiet) as bar:
+        progress = Progress(settings, out, validation, bar, None if quiet else stderr(), bar.say)
         run(settings, out, callbacks=(progress,), save_steps=save_steps)
-    return {"adapter": str(out), **progress.last}
+        progress.report()
+    return {"adapter": str(out), "tokens": progress.tokens, **progress.last}
+
+
+def _reached(settings: Any, out: Path) -> int:
+    """Tokens that a finished run of these settings was to train in `out`, where they are no fewer than asked for now;
+    else 0."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from anchorkv.train.trainer import SETTINGS
+
+    last = get_last_checkpoint(str(out)) if out.is_dir() else None
+    if last is None or not (out / POLICY_FILE).is_file():  # the policy is what a run writes last
+        return 0
+    try:
+        found, state = (json.loads((Path(last) / name).read_text("utf-8")) for name in (SETTINGS, "trainer_state.json"))
+        done, wanted = int(found["tokens"]), {**json.loads(settings.to_json()), "tokens": found["tokens"]}
+        finished = found == wanted and state["global_step"] >= state["max_steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return done if finished and done >= settings.tokens else 0
 
 
 def _fit_scorer(

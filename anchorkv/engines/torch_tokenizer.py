@@ -24,6 +24,8 @@ class TorchTokenizer:
 
     def __init__(self, tokenizer: Any, eos_ids: int | Iterable[int] | None = None) -> None:
         """eos_ids: what the model's generation configuration adds to the tokenizer's own ends."""
+        if AC in tokenizer.get_added_vocab():  # an ordinary added token in the paper's models: text must not make it
+            tokenizer.add_tokens([AC], special_tokens=True)
         self.hf = tokenizer
         self._added = {int(i): token for i, token in tokenizer.added_tokens_decoder.items()}
         self._control = {i for i, token in self._added.items() if token.special} | set(tokenizer.all_special_ids)

@@ -7,6 +7,7 @@ a FlexAttention block mask, whose empty blocks are skipped.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class _Sparse(torch.autograd.Function):
 def _met(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, part: Chunk
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A chunk's queries [kv heads, queries a kv head * n, d], and the keys and values that they meet [kv heads, c, d]."""
+    """A chunk's queries [kv heads, queries a kv head * n, d]; the keys and values that they meet [kv heads, c, d]."""
     asked = query[part.row, :, :, part.first : part.last].reshape(query.shape[1], -1, query.shape[-1])
     return asked, key[part.row].index_select(1, part.seen), value[part.row].index_select(1, part.seen)
 
@@ -113,34 +114,69 @@ def _attend(
 
 
 @contextmanager
-def masked(model: Any, masks: Sequence[Bools] | None, plain: bool) -> Iterator[torch.Tensor | None]:
+def masked(model: Any, masks: Sequence[Bools] | None, plain: bool, kind: str | None = None) -> Iterator[Any]:
     """While it lasts, `model` attends under `masks` ([m, m] a row; None: causal). Yields the attention_mask to call it
     with.
 
     plain: see `is_plain`; other models get a dense mask and keep their own attention.
+    kind: "sparse", "flex" or "dense"; None takes what is fastest on the model's device.
     """
     if masks is None:
         yield None
-    elif plain and model.device.type == "cpu":
-        with _sparse(model, masks):
-            # A 4-D mask is handed on untouched; the attention does not read it.
-            yield torch.ones(len(masks), 1, 1, 1, dtype=torch.bool)
+        return
+    kind = kind or (_fastest(model) if plain else "dense")
+    if kind == "sparse":
+        with _instead(model, NAME):
+            _reading.append(chunks(masks))
+            try:
+                # A 4-D mask is handed on untouched; the attention does not read it.
+                yield torch.ones(len(masks), 1, 1, 1, dtype=torch.bool)
+            finally:
+                _reading.pop()
+    elif kind == "flex":
+        with _instead(model, "flex_attention"):
+            yield _block_mask(_stacked(model, masks))
     else:
-        yield torch.from_numpy(np.stack(masks))[:, None].to(model.device)
+        yield _stacked(model, masks)[:, None]
+
+
+def _fastest(model: Any) -> str:
+    if model.device.type == "cpu":
+        return "sparse"
+    # FlexAttention is compiled with triton, for heads of a power of two, and knows no dropout.
+    config = model.config
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    able = dim >= 16 and dim & (dim - 1) == 0 and not getattr(config, "attention_dropout", 0)
+    return "flex" if model.device.type == "cuda" and able and importlib.util.find_spec("triton") else "dense"
+
+
+def _stacked(model: Any, masks: Sequence[Bools]) -> torch.Tensor:
+    """[rows, m, m] on the model's device."""
+    return torch.from_numpy(np.stack(masks)).to(model.device)
+
+
+def _block_mask(seen: torch.Tensor) -> Any:
+    """FlexAttention's block mask of booleans [rows, m, m]; transformers takes it as an attention_mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(row: Any, head: Any, query: Any, token: Any) -> Any:
+        return seen[row, query, token]
+
+    rows, width, _ = seen.shape
+    return create_block_mask(sees, B=rows, H=None, Q_LEN=width, KV_LEN=width, device=seen.device)
 
 
 @contextmanager
-def _sparse(model: Any, masks: Sequence[Bools]) -> Iterator[None]:
+def _instead(model: Any, attention: str) -> Iterator[None]:
+    """While it lasts, the model computes the attention that transformers knows under this name."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
     before = model.config._attn_implementation
-    model.config._attn_implementation = NAME
-    _reading.append(chunks(masks))
+    model.config._attn_implementation = attention
     try:
         yield
     finally:
-        _reading.pop()
         model.config._attn_implementation = before
 
 

@@ -26,6 +26,8 @@ OPEN_BLOCKS = 16
 """Blocks being packed at once: enough that little room is left over, few enough that no document waits long."""
 LOOKED_AT = 1 << 28
 """Characters of a local source that `check` reads at most."""
+MIN_TOKENS = 32
+"""Of a document, or the piece of one, in a block."""
 
 _VERSION = 1
 
@@ -48,7 +50,7 @@ class _Piece:
     tokens: list[int]
 
 
-def check(recipe: Recipe, tokenizer: Tokenizer, vocabulary: int, min_tokens: int = 32, rows: int = 300) -> None:
+def check(recipe: Recipe, tokenizer: Tokenizer, vocabulary: int, min_tokens: int = MIN_TOKENS, rows: int = 300) -> None:
     """Look for bad data before training: `rows` rows of each source are tokenised (their beginnings), and local files
     are read on, up to LOOKED_AT characters, so that a file that is cut off is found now and not in the night.
 
@@ -90,7 +92,7 @@ class Blocks(Iterator[Block]):
 
     def __init__(
         self, recipe: Recipe, tokenizer: Tokenizer, length: int, seed: int = 0, rank: int = 0, world: int = 1, *,
-        min_tokens: int = 32, buffer: int = 256,
+        min_tokens: int = MIN_TOKENS, buffer: int = 256,
     ) -> None:
         start, _ = _edges(tokenizer)
         if not len(start) < min_tokens <= length:

@@ -36,7 +36,7 @@ class Policies:
     reductions: tuple[float, float] = (4.0, 30.0)
     """Drawn evenly on a logarithmic scale (SEL)."""
     windows: tuple[int, ...] = (0, 1, 1, 2)
-    agings: tuple[float, ...] = (0.0, 2.0, 4.0, 4.0)
+    agings: tuple[float, ...] = (0.0, 2.0, 4.0, 5.5)
     recall_share: float = 0.1
     """Share of the segments that are left visible, as if recalled …"""
     recall_documents: float = 0.3
@@ -107,12 +107,16 @@ class Student(nn.Module):
         self, model: Any, tokenizer: Tokenizer, info: ModelInfo, policies: Policies, *, distil: float = 1.0,
         next_token: float = 0.0, vocabulary: float = 1.0, hidden: float = 0.0,
     ) -> None:
-        """model: a transformers or PEFT model. vocabulary: see `candidates`. Raises ConfigError when there is nothing to learn from."""
+        """model: a transformers or PEFT model. vocabulary: see `candidates`.
+
+        Raises ConfigError when there is nothing to learn from.
+        """
         super().__init__()
         if distil < 0 or next_token < 0 or not distil + next_token:
             raise ConfigError("The weights of distillation and next-token loss must not be negative, nor both 0.")
         self.model, self.tokenizer, self.info, self.policies = model, tokenizer, info, policies
         self.distil, self.next_token, self.vocabulary, self.hidden = distil, next_token, vocabulary, hidden
+        self._no_split_modules = self.bare._no_split_modules  # the layers that FSDP shares out one by one
         self.plain = is_plain(self.bare, layer_kinds(self.bare.config))
         self.cache_name = cache_argument(check_arguments(self.bare))
         self.reads_cells = "SEL" in policies.base.anchors and CELLS in scorer(policies.base.scorer, info).needs
@@ -121,6 +125,13 @@ class Student(nn.Module):
     def bare(self) -> Any:
         """The transformers model, its adapter's layers in place."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def head(self) -> Any:
+        """The output layer. Where it is tied to an embedding in which <AC> is trained, without that: <AC> is never
+        predicted, and a frozen matrix is what makes the loss fast."""
+        head = self.bare.get_output_embeddings()
+        return getattr(head, "original_module", head)
 
     def forward(self, input_ids: torch.Tensor, sizes: torch.Tensor, seeds: torch.Tensor) -> dict[str, torch.Tensor]:
         """input_ids [rows, n]: a block a row, padded at the end. sizes [rows, d]: tokens of its documents, padded with
@@ -138,7 +149,7 @@ class Student(nn.Module):
                 asks, answers = self._indices(found.asks), self._indices(found.answers)
                 random = np.random.default_rng(int(seeds[row]) + 1)
                 value = loss(
-                    states[0][row, asks], told[0][row, answers - 1], self.bare.get_output_embeddings(),
+                    states[0][row, asks], told[0][row, answers - 1], self.head,
                     input_ids[row, answers], distil=self.distil, next_token=self.next_token,
                     over=candidates(input_ids[row], self.info.vocabulary, self.vocabulary, random),
                 )

@@ -22,7 +22,7 @@ STATES: dict[str, str] = {
     "sink": "one of the first tokens, never dropped",
     "pinned": "never dropped, by your wish or as the prompt",
     "recalled": "was dropped and is visible again",
-    "evicted": "was an anchor, dropped when the cell budget was full",
+    "evicted": "was an anchor until better or younger ones needed its cell",
     "dropped": "read and freed",
 }
 """Every state a view tells apart, with what it means. `evicted` is the ledger's DROPPED with an eviction."""
