@@ -28,10 +28,9 @@ from rich.table import Table
 import anchorkv
 from anchorkv.config import AnchorConfig
 from anchorkv.engines.base import Engine
-from anchorkv.models import builtin
 
 TEXTS = {"pg19.test": "lm/pg19.test.jsonl.gz", "wikitext2.test": "lm/wikitext2.test.jsonl.gz"}
-FULL = "full"
+FULL, PAPER = "full", ("paper-ep", "paper-ac")
 
 
 def policies(reductions: list[float]) -> dict[str, AnchorConfig]:
@@ -40,7 +39,7 @@ def policies(reductions: list[float]) -> dict[str, AnchorConfig]:
     for reduction in reductions:
         found[f"default {reduction:g}x"] = base.replace(reduction=reduction)
         found[f"window {reduction:g}x"] = base.replace(reduction=reduction, scorer="landmarks", aging=100)
-    return found | {name: anchorkv.preset(name) for name in ("paper-ep", "paper-ac")}
+    return found | {name: anchorkv.preset(name) for name in PAPER}
 
 
 def documents(engine: Engine, path: Path, count: int, length: int) -> list[list[int]]:
@@ -63,7 +62,7 @@ def measure(engine: Engine, texts: dict[str, list[list[int]]], wanted: dict[str,
     jobs = dict(wanted)
     jobs |= {f"no memory {_ground(config)}": config.replace(anchors=()) for config in wanted.values()}
     out: dict[Any, Any] = {}
-    work = [(text, name) for text in texts for name in jobs if not name.startswith("no memory full")]
+    work = [(text, name) for text in texts for name in jobs if name != "no memory full"]
     for text, name in track(work, "reading", console=console, transient=True):
         read = [losses(engine, jobs[name], tokens) for tokens in texts[text]]
         scored = np.concatenate([loss[UNSCORED:] for loss, _ in read])
@@ -112,12 +111,15 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=2, help="of each text")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--reductions", type=float, nargs="+", default=[12, 24])
+    parser.add_argument("--no-paper", action="store_true", help=f"leave out {' and '.join(PAPER)}, the slow ones")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "adapter.json")
     options = parser.parse_args()
     wanted = policies(options.reductions)
+    if options.no_paper:
+        wanted = {name: config for name, config in wanted.items() if name not in PAPER}
     results = []
     for adapted in (True, False):
-        model = anchorkv.load(options.model) if adapted else anchorkv.load(builtin())
+        model = anchorkv.load(options.model) if adapted else anchorkv.load(adapter=False)
         texts = {
             name: documents(model.engine, options.data / path, options.documents, options.length)
             for name, path in TEXTS.items()

@@ -3,6 +3,8 @@
     python benchmarks/quality.py                              # the shipped example document
     python benchmarks/quality.py --data ../shared/data        # pg19.test books, and SQuAD among ten passages
 
+The built-in model without its adapter; what that gains is benchmarks/adapter.py's to say. "for good": anchors that do
+not age; "window": the newest text whole, as many cells.
 Context recovered = (ppl no memory - ppl anchored) / (ppl no memory - ppl full cache), same weights, same tokens,
 through the engine that users run (nothing is masked: the cells are gone). Writes results/quality.json.
 """
@@ -41,6 +43,8 @@ def policies(reduction: float) -> dict[str, AnchorConfig]:
         "no-memory": base.replace(anchors=()),
         "default": base,
         "default 20x": base.replace(reduction=20),
+        "for good": base.replace(aging=0),
+        "window": base.replace(scorer="landmarks", aging=100),
         "untrained": base.replace(scorer="landmarks"),
         "untrained 20x": base.replace(scorer="landmarks", reduction=20),
         "surprise": base.replace(scorer="surprise"),
@@ -167,7 +171,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("perplexity", "answers"), help="the other part stays as it was measured")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "quality.json")
     options = parser.parse_args()
-    model = anchorkv.load()
+    model = anchorkv.load(adapter=False)
     before = json.loads(options.out.read_text(encoding="utf-8")) if options.only else {}
     rows, answers = before.get("perplexity", []), before.get("answers", [])
     if options.only != "answers":

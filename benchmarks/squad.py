@@ -53,8 +53,7 @@ def contains(answer: str, accepted: list[str]) -> bool:
 
 def measure(model: anchorkv.Model, options: argparse.Namespace, label: str) -> list[dict[str, Any]]:
     base = model.policy
-    ways = {"full": anchorkv.preset("full"), "recall on": base.replace(recall="on"), "recall auto": base,
-            "recall off": base.replace(recall="off")}
+    ways = {"full": anchorkv.preset("full"), "recall on": base.replace(recall="on"), "recall auto": base}
     random = np.random.default_rng(0)
     found: dict[str, list[tuple[float, bool, float]]] = {name: [] for name in ways}
     asked = squad_questions(options.data, options.questions, random)

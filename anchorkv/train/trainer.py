@@ -15,6 +15,7 @@ import shutil
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -227,11 +228,9 @@ def give_anchor(engine: TorchEngine) -> int:
     """The token that is <AC>. Where nothing in the vocabulary can be, `engine` gets one: in its tokenizer and, where
     that has no row to spare, in its model."""
     tokenizer: Any = engine.tokenizer
-    hf = tokenizer.hf
-    try:
+    hf, anchor = tokenizer.hf, None
+    with suppress(ModelError):
         anchor = int(tokenizer.anchor_id())
-    except ModelError:
-        anchor = None
     # What ends or begins a text has a row that must stay as it is.
     if anchor is None or anchor in tokenizer.eos_ids | {hf.bos_token_id, hf.unk_token_id}:
         hf.add_tokens([AC], special_tokens=True)
@@ -270,7 +269,7 @@ def train(
     with arguments.main_process_first(local=False):
         last = _resumable(settings, out, processes) if resume else None
     set_seed(settings.seed)  # the adapter's first weights are drawn
-    anchor = give_anchor(engine) if settings.rank and _needs_anchor(settings) else None
+    anchor = give_anchor(engine) if _needs_anchor(settings) else None
     student = Student(
         with_adapter(engine.model, settings, anchor), engine.tokenizer, engine.info,
         Policies(settings.policy, reductions=settings.reductions, windows=settings.windows), distil=settings.distil,
