@@ -25,9 +25,10 @@ runner = CliRunner()
 
 
 @pytest.fixture(autouse=True)
-def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    """Every command loads this engine."""
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
+    """Every command loads this engine, which no adapter was trained for."""
     fake = FakeEngine()
+    monkeypatch.setattr(anchorkv.shipped, "FOLDER", tmp_path / "nothing shipped")
     monkeypatch.setattr(anchorkv.models, "_engine", lambda *_: fake)
     return fake
 
