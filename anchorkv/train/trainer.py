@@ -58,10 +58,10 @@ class Settings:
     policy: AnchorConfig
     tokens: int = 1_000_000
     """Tokens of text to train on, over all processes."""
-    length: int = 1024
+    length: int = 2048
     rows: int = 1
     """Blocks a process reads at once …"""
-    accumulation: int = 4
+    accumulation: int = 1
     """… and how often before each step."""
     rank: int = 32
     """Of the LoRA matrices; 0 trains all weights."""
@@ -178,8 +178,7 @@ class AnchorTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled and model is not None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
+            return  # `train` has loaded it before it was shared out: torch cannot load tied weights into shares
         folder, inner = Path(resume_from_checkpoint), self.accelerator.unwrap_model(model or self.model).model
         if self.settings.rank:
             from peft import set_peft_model_state_dict
@@ -280,8 +279,10 @@ def train(
         student, settings, args=arguments, callbacks=list(callbacks),
         train_dataset=BlockRows(settings, engine.tokenizer, recipe, processes, state),
     )
-    if last is not None and _steps_done(last) >= arguments.max_steps:
+    finished = last is not None and _steps_done(last) >= arguments.max_steps
+    if last is not None and (finished or trainer.is_fsdp_enabled):
         trainer._load_from_checkpoint(str(last))
+    if finished:
         trainer._save(str(out))
     else:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -292,8 +293,8 @@ def train(
 
 
 def _sharded() -> bool:
-    """Whether `accelerate launch` was told to use FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    """Whether `accelerate launch` was told to use FSDP, and has GPUs for it."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and torch.cuda.is_available()
 
 
 def _load(model: str) -> TorchEngine:
