@@ -82,6 +82,7 @@ class Timer(TrainerCallback):  # type: ignore[misc]
 def run(way: str, options: argparse.Namespace, held: list[int]) -> dict[str, Any]:
     """Train `options.steps` steps the way that is named; the seconds of each and the exact loss afterwards."""
     engine = TorchEngine.load(builtin(), dtype="fp32")
+    engine.model.is_quantized = False  # it was, in its GGUF file; a bare Trainer would refuse it
     settings = Settings(model=str(builtin()), data=options.data, policy=POLICY, length=options.length)
     set_seed(0)
     model = with_adapter(engine.model, settings)
