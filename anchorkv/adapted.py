@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,9 +33,7 @@ def adapted(base: Path, folder: Path, progress: Callable[[int, int], None] | Non
                 f"The built-in adapter is merged into a file in {cache}, which cannot be written to "
                 f"({error.strerror}); set XDG_CACHE_HOME to a folder of your own, or leave it out (--no-adapter)."
             ) from None
-        partial = cache / f"{target.name}.{os.getpid()}.partial"
-        merge(base, folder, partial, KIND, settings_of(folder), progress)
-        os.replace(partial, target)
+        merge(base, folder, target, KIND, settings_of(folder), progress)
     return target
 
 

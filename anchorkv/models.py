@@ -18,7 +18,7 @@ from anchorkv.config import AnchorConfig, preset
 from anchorkv.document import Document
 from anchorkv.engines.base import Engine
 from anchorkv.errors import ModelError
-from anchorkv.export import read_settings, settings_of
+from anchorkv.export import SCORER_FILE, read_settings, settings_of
 from anchorkv.extract import extract, title_of
 from anchorkv.paper import paper_preset
 from anchorkv.recall import Ranker
@@ -97,12 +97,13 @@ def load(
     settings = None
     if brought is not None:
         settings = settings_of(brought)
-        loaded.info = replace(loaded.info, name=DEFAULT)  # the cached file's name says more than people want to read
+        # The cached file's name says more than people want to read; the scorer lies in the package already.
+        loaded.info = replace(loaded.info, name=DEFAULT, scorer=str(brought / SCORER_FILE))
     # The built-in file carries none, and looking for them takes a tenth of a second.
     elif model is not None and path.suffix.lower() == ".gguf":
         settings = read_settings(path)
-    if settings is not None and settings.scorer is not None:
-        loaded.info = replace(loaded.info, scorer=str(_unpacked(settings.scorer)))
+        if settings is not None and settings.scorer is not None:
+            loaded.info = replace(loaded.info, scorer=str(_unpacked(settings.scorer)))
     name = settings.name if settings is not None else ""
     if isinstance(policy, (str, AnchorConfig)):
         return Model(loaded, preset(policy) if isinstance(policy, str) else policy, name)
@@ -143,7 +144,8 @@ def _engine(path: Path, engine: EngineName, threads: int | None, adapter: Path |
         raise ModelError(f"The llama engine reads GGUF files; {path} is none. Give a .gguf file or use --engine torch.")
     from anchorkv.engines.llama import LlamaEngine
 
-    return LlamaEngine.load(path, threads=threads)
+    # What was merged is stored as llama.cpp likes it; looking for a faster copy would load the vocabulary once more.
+    return LlamaEngine.load(path, threads=threads, weights="as-is" if adapter else "fast")
 
 
 def _download(spec: str) -> Path:
