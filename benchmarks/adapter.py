@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inference import ROOT, console, environment
-from quality import UNSCORED, losses
+from inference import ROOT, console, write_results
+from quality import UNSCORED, losses, newest_whole
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,7 +38,7 @@ def policies(reductions: list[float]) -> dict[str, AnchorConfig]:
     found = {FULL: anchorkv.preset("full")}
     for reduction in reductions:
         found[f"default {reduction:g}x"] = base.replace(reduction=reduction)
-        found[f"window {reduction:g}x"] = base.replace(reduction=reduction, scorer="landmarks", aging=100)
+        found[f"window {reduction:g}x"] = newest_whole(base.replace(reduction=reduction))
     return found | {name: anchorkv.preset(name) for name in PAPER}
 
 
@@ -60,9 +60,9 @@ def documents(engine: Engine, path: Path, count: int, length: int) -> list[list[
 def measure(engine: Engine, texts: dict[str, list[list[int]]], wanted: dict[str, AnchorConfig]) -> dict[Any, Any]:
     """{(text, policy): (mean -log p, reduction)}; "no memory" of every policy that needs one is measured too."""
     jobs = dict(wanted)
-    jobs |= {f"no memory {_ground(config)}": config.replace(anchors=()) for config in wanted.values()}
+    jobs |= {_ground(config): config.replace(anchors=()) for name, config in wanted.items() if name != FULL}
     out: dict[Any, Any] = {}
-    work = [(text, name) for text in texts for name in jobs if name != "no memory full"]
+    work = [(text, name) for text in texts for name in jobs]
     for text, name in track(work, "reading", console=console, transient=True):
         read = [losses(engine, jobs[name], tokens) for tokens in texts[text]]
         scored = np.concatenate([loss[UNSCORED:] for loss, _ in read])
@@ -71,35 +71,32 @@ def measure(engine: Engine, texts: dict[str, list[list[int]]], wanted: dict[str,
 
 
 def _ground(config: AnchorConfig) -> str:
-    """What two policies share when the same "no memory" is below both."""
-    if config == anchorkv.preset("full"):
-        return "full"
-    return f"{config.sinks}/{config.recent_window}/{config.min_segment}-{config.max_segment}"
+    """Name of the "no memory" below a policy: that of every other with the same sinks, recent window and segments."""
+    return f"no memory {config.sinks}/{config.recent_window}/{config.min_segment}-{config.max_segment}"
 
 
 def rows(found: dict[Any, Any], before: dict[Any, Any], wanted: dict[str, AnchorConfig]) -> list[dict[str, Any]]:
     """`before`: the same of the base model without the adapter."""
     out = []
     for (text, name), (loss, reduction) in found.items():
-        if name.startswith("no memory"):
+        if name not in wanted:
             continue
         full = math.exp(found[text, FULL][0])
         row = {
             "text": text, "policy": name, "reduction": reduction, "perplexity": math.exp(loss),
             "ratio": math.exp(loss) / full, "ratio_to_base": math.exp(loss - before[text, FULL][0]),
             "base_ratio": math.exp(before[text, name][0] - before[text, FULL][0]),
+            "context_recovered": _recovered(found, text, name, wanted[name]),
+            "base_context_recovered": _recovered(before, text, name, wanted[name]),
         }
-        if name != FULL:
-            row |= {"context_recovered": _recovered(found, text, name, wanted[name]),
-                    "base_context_recovered": _recovered(before, text, name, wanted[name])}
-        else:
-            row |= {"context_recovered": 1.0, "base_context_recovered": 1.0}
         out.append(row)
     return out
 
 
 def _recovered(found: dict[Any, Any], text: str, name: str, config: AnchorConfig) -> float:
-    none = math.exp(found[text, f"no memory {_ground(config)}"][0])
+    if name == FULL:
+        return 1.0
+    none = math.exp(found[text, _ground(config)][0])
     full, anchored = math.exp(found[text, FULL][0]), math.exp(found[text, name][0])
     return (none - anchored) / (none - full)
 
@@ -137,11 +134,7 @@ def main() -> None:
         )
     Console().print(table)
     settings = {**vars(options), "data": True, "out": options.out.name, "model": Path(options.model or "").name}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps({"perplexity": found, "settings": settings, "environment": environment()}, indent=2) + "\n",
-        encoding="utf-8",
-    )
+    write_results(options.out, perplexity=found, settings=settings)
 
 
 if __name__ == "__main__":

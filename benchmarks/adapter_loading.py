@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import gguf
 import llama_cpp
 import numpy as np
-from inference import ROOT, console, environment
+from inference import ROOT, console, write_results
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -124,9 +123,7 @@ def main() -> None:
     for what, seconds in took.items():
         out.print(f"{what}: {seconds:.2f} s")
     out.print("mean logit difference to merged: " + ", ".join(f"{way} {gap:.3f}" for way, gap in apart.items()))
-    options.out.write_text(json.dumps({
-        "speeds": rows, "seconds": took, "logit_difference": apart, "environment": environment(),
-    }, indent=2) + "\n", encoding="utf-8")
+    write_results(options.out, speeds=rows, seconds=took, logit_difference=apart)
 
 
 if __name__ == "__main__":

@@ -293,6 +293,12 @@ def resident_of_both(context: int, policy: str, data: Path | None) -> dict[str, 
     return found
 
 
+def write_results(path: Path, **parts: Any) -> None:
+    """`parts` and the machine that they were measured on, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**parts, "environment": environment()}, indent=2) + "\n", encoding="utf-8")
+
+
 def environment() -> dict[str, Any]:
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
@@ -358,13 +364,11 @@ def main() -> None:
     if "torch" in engines:
         torch_contexts = [int(value) for value in options.torch_contexts.split(",")]
         sources.append(torch_rows(torch_contexts, policies[:1], options.data))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     for source in sources:
         for row in source:
             rows.append(row)
             show([row], None)
-            result = {"rows": [asdict(r) for r in rows], "memory": memory, "environment": environment()}
-            options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            write_results(options.out, rows=[asdict(r) for r in rows], memory=memory)
     show(rows, memory)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inference import ROOT, console, environment
+from inference import ROOT, console, write_results
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,7 +44,7 @@ def policies(reduction: float) -> dict[str, AnchorConfig]:
         "default": base,
         "default 20x": base.replace(reduction=20),
         "for good": base.replace(aging=0),
-        "window": base.replace(scorer="landmarks", aging=100),
+        "window": newest_whole(base),
         "untrained": base.replace(scorer="landmarks"),
         "untrained 20x": base.replace(scorer="landmarks", reduction=20),
         "surprise": base.replace(scorer="surprise"),
@@ -54,6 +54,11 @@ def policies(reduction: float) -> dict[str, AnchorConfig]:
         "sepllm": anchorkv.preset("sepllm"),
         "paper-ep": anchorkv.preset("paper-ep"),
     }
+
+
+def newest_whole(policy: AnchorConfig) -> AnchorConfig:
+    """The newest text whole instead of anchors, as many cells as `policy` keeps: age alone decides."""
+    return policy.replace(scorer="landmarks", aging=100)
 
 
 def losses(engine: Engine, config: AnchorConfig, tokens: Sequence[int]) -> tuple[np.ndarray, dict[str, Any]]:
@@ -198,10 +203,8 @@ def main() -> None:
                 f"{row['answer_recalled']:.0%}",
             )
         Console().print(table)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"perplexity": rows, "answers": answers, "settings": vars(options) | {"data": str(bool(options.data)),
-              "out": options.out.name}, "environment": environment()}
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    settings = vars(options) | {"data": str(bool(options.data)), "out": options.out.name}
+    write_results(options.out, perplexity=rows, answers=answers, settings=settings)
 
 
 if __name__ == "__main__":

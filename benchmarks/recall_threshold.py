@@ -9,12 +9,11 @@ only its tokenizer and the policy's segments are needed. Writes results/recall_t
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from inference import ROOT, environment
+from inference import ROOT, write_results
 from quality import squad_questions
 from rich.console import Console
 from rich.table import Table
@@ -57,8 +56,7 @@ def main() -> None:
         mark = " (now)" if row["threshold"] == RecallPlan.AUTO_SHARE else ""
         table.add_row(f"{row['threshold']:g}{mark}", f"{row['answer_present']:.0%}", f"{row['answer_absent']:.0%}")
     Console().print(table)
-    result = {"rows": found, "questions": options.questions, "environment": environment()}
-    (ROOT / "results" / "recall_threshold.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_results(ROOT / "results" / "recall_threshold.json", rows=found, questions=options.questions)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Paired: every question is asked of both. Writes results/squad.json.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import string
 from collections import Counter
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from inference import ROOT, console, environment
+from inference import ROOT, console, write_results
 from quality import squad_questions
 from rich.console import Console
 from rich.progress import track
@@ -104,11 +103,7 @@ def main() -> None:
         )
     Console().print(table)
     settings = {**vars(options), "data": True, "out": options.out.name, "model": Path(options.model or "").name}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps({"answers": rows, "settings": settings, "environment": environment()}, indent=2) + "\n",
-        encoding="utf-8",
-    )
+    write_results(options.out, answers=rows, settings=settings)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import statistics
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from inference import ROOT, console, environment
+from inference import ROOT, console, write_results
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -33,7 +32,6 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import anchorkv
-from anchorkv.config import AnchorConfig
 from anchorkv.engines.torch import TorchEngine
 from anchorkv.models import builtin
 from anchorkv.train.data import Blocks
@@ -41,6 +39,7 @@ from anchorkv.train.plan import PlanningEngine, plan
 from anchorkv.train.sources import Recipe
 from anchorkv.train.student import Policies, Student, reading
 from anchorkv.train.trainer import AnchorTrainer, Settings, collate, with_adapter
+from anchorkv.train.validate import token_losses
 
 POLICY = anchorkv.preset("default").replace(scorer="landmarks", recall="off", cell_budget=None)
 """Chooses without asking the model, so that the obvious way needs no second forward for its masks either."""
@@ -88,7 +87,7 @@ def run(way: str, options: argparse.Namespace, held: list[int]) -> dict[str, Any
     model = with_adapter(engine.model, settings)
     timer = Timer()
     student = Student(
-        model, engine.tokenizer, engine.info, _only(POLICY), distil=float(way == "distilled"),
+        model, engine.tokenizer, engine.info, Policies.only(POLICY), distil=float(way == "distilled"),
         next_token=float(way != "distilled"), vocabulary=settings.vocabulary,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -111,25 +110,11 @@ def run(way: str, options: argparse.Namespace, held: list[int]) -> dict[str, Any
     return out
 
 
-def _only(policy: AnchorConfig) -> Policies:
-    """Draws nothing but `policy`."""
-    same = (policy.reduction, policy.reduction)
-    return Policies(policy, same, (policy.recent_window,), (policy.aging,), recall_documents=0.0)
-
-
 @torch.no_grad()
 def exact_loss(student: Student, tokens: list[int]) -> float:
     """-log p a token under the anchor rule, over the whole vocabulary."""
     found = reading(plan(PlanningEngine(student.tokenizer, student.info), POLICY, tokens))
-    hidden, ids = student.read([found])[0][0], torch.tensor(tokens)
-    parts = [
-        torch.nn.functional.cross_entropy(
-            student.bare.get_output_embeddings()(hidden[torch.from_numpy(found.asks[part])]),
-            ids[found.answers[part]], reduction="none",
-        )
-        for part in (slice(at, at + 256) for at in range(0, len(found.asks), 256))
-    ]
-    return float(torch.cat(parts).mean())
+    return float(token_losses(student, found, tokens).mean())
 
 
 def main() -> None:
@@ -160,13 +145,11 @@ def main() -> None:
         ratio, perplexity = speeds[way] / speeds["obvious"], math.exp(losses[way])
         table.add_row(way, f"{speeds[way]:.0f}", f"{ratio:.2f}x", f"{perplexity:.2f}")
     Console().print(table)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({
-        "throughput_ratio": speeds["anchorkv"] / speeds["obvious"],
-        "throughput_ratio_distilled": speeds["distilled"] / speeds["obvious"],
-        "tokens_per_second": speeds, "held_out_loss": losses, "length": options.length, "steps": options.steps,
-        "seconds": per_way, "environment": environment(),
-    }, indent=2) + "\n", encoding="utf-8")
+    write_results(
+        options.out, throughput_ratio=speeds["anchorkv"] / speeds["obvious"],
+        throughput_ratio_distilled=speeds["distilled"] / speeds["obvious"], tokens_per_second=speeds,
+        held_out_loss=losses, length=options.length, steps=options.steps, seconds=per_way,
+    )
 
 
 if __name__ == "__main__":

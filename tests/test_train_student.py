@@ -33,12 +33,6 @@ def engine() -> TorchEngine:
     return TorchEngine(tiny_model("llama"), TorchTokenizer(tiny_tokenizer()))
 
 
-def fixed(policy: AnchorConfig) -> Policies:
-    """Draws nothing but `policy`."""
-    same = (policy.reduction, policy.reduction)
-    return Policies(policy, same, (policy.recent_window,), (policy.aging,), recall_documents=0.0)
-
-
 def batch(documents: list[list[int]]) -> dict[str, Any]:
     ids = [token for document in documents for token in document]
     return {
@@ -70,7 +64,7 @@ def with_lora(engine: TorchEngine) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_is_the_incremental_engines_also_after_two_steps(engine: TorchEngine, name: str) -> None:
     policy = POLICIES[name].replace(recall="off", cell_budget=None)
-    student = Student(with_lora(engine), engine.tokenizer, engine.info, fixed(policy), distil=0, next_token=1)
+    student = Student(with_lora(engine), engine.tokenizer, engine.info, Policies.only(policy), distil=0, next_token=1)
     optimiser = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.5)
     documents = [engine.tokenizer.encode(TEXT), engine.tokenizer.encode(TEXT)[40:120]]
     values = []
@@ -89,7 +83,7 @@ def test_the_loss_is_the_incremental_engines_also_after_two_steps(engine: TorchE
 
 def test_documents_of_a_block_do_not_see_each_other(engine: TorchEngine) -> None:
     tokens = engine.tokenizer.encode(TEXT)
-    student = Student(with_lora(engine), engine.tokenizer, engine.info, fixed(POLICIES["sel"]))
+    student = Student(with_lora(engine), engine.tokenizer, engine.info, Policies.only(POLICIES["sel"]))
     with torch.no_grad():
         together = student(**batch([tokens[:90], tokens[90:180]]))["loss"] * 180
         apart = sum(student(**batch([part]))["loss"] * 90 for part in (tokens[:90], tokens[90:180]))
@@ -98,7 +92,7 @@ def test_documents_of_a_block_do_not_see_each_other(engine: TorchEngine) -> None
 
 def test_padding_changes_nothing(engine: TorchEngine) -> None:
     tokens = engine.tokenizer.encode(TEXT)[:100]
-    student = Student(with_lora(engine), engine.tokenizer, engine.info, fixed(POLICIES["paper-ac"]))
+    student = Student(with_lora(engine), engine.tokenizer, engine.info, Policies.only(POLICIES["paper-ac"]))
     inputs = batch([tokens])
     padded = {**inputs, "input_ids": torch.nn.functional.pad(inputs["input_ids"], (0, 30))}
     with torch.no_grad():
@@ -107,14 +101,14 @@ def test_padding_changes_nothing(engine: TorchEngine) -> None:
 
 
 def test_a_student_that_keeps_everything_has_nothing_to_learn(engine: TorchEngine) -> None:
-    student = Student(with_lora(engine), engine.tokenizer, engine.info, fixed(POLICIES["full"]))
+    student = Student(with_lora(engine), engine.tokenizer, engine.info, Policies.only(POLICIES["full"]))
     assert float(student(**batch([engine.tokenizer.encode(TEXT)]))["loss"]) == 0
 
 
 def test_the_teacher_is_the_model_without_its_adapter(engine: TorchEngine) -> None:
     ids = torch.tensor([engine.tokenizer.encode(TEXT)[:60]])
     wanted = engine.model.model(input_ids=ids).last_hidden_state
-    student = Student(with_lora(engine), engine.tokenizer, engine.info, fixed(POLICIES["sel"]))
+    student = Student(with_lora(engine), engine.tokenizer, engine.info, Policies.only(POLICIES["sel"]))
     told, cells = student._teach(ids, [[60]])
     assert cells is None
     torch.testing.assert_close(told[0], wanted)
@@ -123,7 +117,7 @@ def test_the_teacher_is_the_model_without_its_adapter(engine: TorchEngine) -> No
 
 def test_a_scorer_reads_the_teachers_cells(engine: TorchEngine, tmp_path: Path) -> None:
     policy = random_head(2 * (2 * 8 + 1) + 4, tmp_path / "head.safetensors")
-    student = Student(with_lora(engine), engine.tokenizer, engine.info, fixed(policy))
+    student = Student(with_lora(engine), engine.tokenizer, engine.info, Policies.only(policy))
     assert student.reads_cells
     tokens = engine.tokenizer.encode(TEXT)
     _, cells = student._teach(torch.tensor([tokens]), [[len(tokens)]])
@@ -161,12 +155,12 @@ def test_policies_are_drawn_within_their_ranges() -> None:
 
 def test_nothing_to_learn_from_is_refused(engine: TorchEngine) -> None:
     with pytest.raises(ConfigError, match="both 0"):
-        Student(engine.model, engine.tokenizer, engine.info, fixed(POLICIES["sel"]), distil=0, next_token=0)
+        Student(engine.model, engine.tokenizer, engine.info, Policies.only(POLICIES["sel"]), distil=0, next_token=0)
 
 
 def test_validation_knows_the_full_cache_from_no_memory(engine: TorchEngine) -> None:
     tokens = engine.tokenizer.encode(TEXT * 3)
-    student = Student(with_lora(engine), engine.tokenizer, engine.info, fixed(POLICIES["sel"]))
+    student = Student(with_lora(engine), engine.tokenizer, engine.info, Policies.only(POLICIES["sel"]))
     found = validate(student, [tokens], POLICIES["sel"])
     assert found.reduction > 2
     assert all(math.isfinite(value) for value in (found.full, found.anchored, found.none))
@@ -176,7 +170,7 @@ def test_validation_knows_the_full_cache_from_no_memory(engine: TorchEngine) -> 
 
 
 def test_joined_readings_lie_beside_each_other(engine: TorchEngine) -> None:
-    student = Student(with_lora(engine), engine.tokenizer, engine.info, fixed(POLICIES["paper-ac"]))
+    student = Student(with_lora(engine), engine.tokenizer, engine.info, Policies.only(POLICIES["paper-ac"]))
     tokens = engine.tokenizer.encode(TEXT)
     found = student._read(tokens[:100], [60, 40], None, 3)
     first = student._read(tokens[:60], [60], None, 3)
@@ -237,7 +231,7 @@ def test_hidden_states_are_apart_by_their_relative_distance() -> None:
 def test_hidden_states_are_learned_from(engine: TorchEngine) -> None:
     """A student whose logits are right but whose middle is not still has something to learn."""
     student = Student(
-        with_lora(engine), engine.tokenizer, engine.info, fixed(POLICIES["sel"]), distil=0.0, next_token=1e-9,
+        with_lora(engine), engine.tokenizer, engine.info, Policies.only(POLICIES["sel"]), distil=0.0, next_token=1e-9,
         hidden=1.0,
     )
     assert float(student(**batch([engine.tokenizer.encode(TEXT)]))["loss"].detach()) > 1e-4

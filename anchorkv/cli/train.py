@@ -52,8 +52,13 @@ def train(
     for library in ("torch", "transformers", *(() if only_scorer else ("peft", "matplotlib"))):
         if importlib.util.find_spec(library) is None:
             raise ModelError(f"Training needs {library}, which is not installed: pip install 'anchorkv[train]'.")
-    if validation and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise ConfigError("--validation runs on one process, which has a share of the model under FSDP; leave it out.")
+    if validation:
+        from anchorkv.train.trainer import fsdp_asked
+
+        if fsdp_asked():
+            raise ConfigError(
+                "--validation runs on one process, which has a share of the model under FSDP; leave it out."
+            )
     if model.engine == "llama":
         raise ConfigError("Training runs on the torch engine; leave out --engine llama.")
     source, first = model.model or str(builtin()), os.environ.get("RANK", "0") == "0"

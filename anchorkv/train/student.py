@@ -42,6 +42,12 @@ class Policies:
     recall_documents: float = 0.3
     """… in this share of the documents."""
 
+    @classmethod
+    def only(cls, policy: AnchorConfig) -> Policies:
+        """Draws nothing but `policy`."""
+        same = (policy.reduction, policy.reduction)
+        return cls(policy, same, (policy.recent_window,), (policy.aging,), recall_documents=0.0)
+
     def draw(self, random: np.random.Generator) -> tuple[AnchorConfig, float]:
         """A policy, and the share of its segments to recall."""
         low, high = np.log(self.reductions)

@@ -294,7 +294,12 @@ def train(
 
 def _sharded() -> bool:
     """Whether `accelerate launch` was told to use FSDP, and has GPUs for it."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and torch.cuda.is_available()
+    return fsdp_asked() and torch.cuda.is_available()
+
+
+def fsdp_asked() -> bool:
+    """Whether `accelerate launch` was told to use FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def _load(model: str) -> TorchEngine:

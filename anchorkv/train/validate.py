@@ -53,7 +53,7 @@ def validate(student: Student, documents: Sequence[list[int]], policy: AnchorCon
         ways = {"full": preset("full"), "anchored": policy, "none": policy.replace(anchors=())}
         for name, config in ways.items():
             found, held = _reading(student, tokens, config, cells)
-            losses[name].append(_losses(student, found, tokens))
+            losses[name].append(token_losses(student, found, tokens, UNSCORED))
             if name == "anchored":
                 kept, full = kept + held, full + len(tokens)
     student.train(was)
@@ -75,10 +75,10 @@ def _reading(student: Student, tokens: list[int], config: AnchorConfig, cells: C
     return reading(ledger, every=True), int(ledger.held().sum())
 
 
-def _losses(student: Student, found: Reading, tokens: list[int]) -> torch.Tensor:
-    """-log p [scored] of the tokens from UNSCORED on."""
+def token_losses(student: Student, found: Reading, tokens: list[int], first: int = 0) -> torch.Tensor:
+    """-log p [scored] of the scored tokens from `first` on, over the whole vocabulary."""
     hidden = student.read([found])[0][0]
-    scored = found.answers >= UNSCORED
+    scored = found.answers >= first
     rows, answers = torch.from_numpy(found.asks[scored]), torch.from_numpy(found.answers[scored])
     targets, head = torch.tensor(tokens)[answers], student.bare.get_output_embeddings()
     parts = [
