@@ -51,10 +51,8 @@ class Rows:
         if not self.path.is_file():
             raise DataError(f"There is no data file {self.path}; name the folder that holds it with --data.")
         try:
-            opened = gzip.open(self.path, "rt", encoding="utf-8") if self.path.suffix == ".gz" else self.path.open(
-                encoding="utf-8"
-            )
-            with opened as file:
+            opener: Any = gzip.open if self.path.suffix == ".gz" else open
+            with opener(self.path, "rt", encoding="utf-8") as file:
                 yield from file
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise DataError(f"{self.path} is damaged ({type(error).__name__}); give another copy of it.") from None
