@@ -2,7 +2,7 @@
 
 A sentence of text passes through here once: `read` enters its tokens in the ledger and asks the segmenter where it ends
 (`segment.py`); the engine computes its cells, seeing what the rule allows (`visibility.py`); when it has left the
-recent window, the scorer says which of its tokens stay (`scorers.py`, `selection.py`); the others are freed.
+recent window, the scorer says which of its tokens stay (`choice.py`); the others are freed.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from anchorkv.choice import Choice
 from anchorkv.config import AnchorConfig
-from anchorkv.engines.base import CELLS, SURPRISE, Bools, Engine, Floats, Ints, Memory, Output, surprise_of
+from anchorkv.engines.base import SURPRISE, Bools, Engine, Floats, Ints, Memory, Output, surprise_of
 from anchorkv.errors import AnchorKVError
 from anchorkv.interrupts import deferred_interrupt
 from anchorkv.ledger import Accounting, Ledger, State
-from anchorkv.scorers import Scorer, SegmentView, scorer
 from anchorkv.segment import Segmenter
-from anchorkv.selection import RunningBudget, best, share
 from anchorkv.visibility import NEVER, Recalled, dense_mask, visible_from
 
 Progress = Callable[[int], None]
@@ -42,9 +41,7 @@ class Session:
         self.memory: Memory = engine.open()
         self.ledger = Ledger(config.recent_window)
         self.segmenter = Segmenter(config, engine.tokenizer.piece)
-        self.scorer: Scorer | None = scorer(config.scorer, engine.info) if "SEL" in config.anchors else None
-        self.budget = RunningBudget(config.reduction)
-        self.cell_budget = config.budget_for(engine.info.window)
+        self.choice = Choice(engine, config)
         self.current = 0
         """Number of the segment being read."""
         self.logits: Floats | None = None
@@ -54,8 +51,6 @@ class Session:
         self._left = 0  # segments below this one have left the recent window
         self._step_ends = False
         self._stale = False  # something may have become invisible since cells were last freed
-        self._surprise: list[Floats] = []  # of the tokens that no scorer has seen yet, where the scorer needs it
-        self._surprise_from = 0
         self._recalled: dict[int, Ints] = {}  # segment -> positions that a recall brought back
 
     # --- reading -----------------------------------------------------------------------------------------------
@@ -133,7 +128,7 @@ class Session:
         start, stop = self._pending_from, len(self.ledger)
         if start == stop:
             return
-        needs = self._needs() & {SURPRISE}
+        needs = self.choice.needs & {SURPRISE}
         for first, last in self._runs(start, stop):
             tokens = self.ledger.tokens[first:last].tolist()
             visible, mask = self._sees(first, last)
@@ -144,14 +139,11 @@ class Session:
             self._pending_from = last
             self.logits = out.logits if wanted else None
             if needs and out.surprise is not None:
-                self._surprise.append(out.surprise)
+                self.choice.hear(out.surprise)
             if self.observe:
                 self.observe(first, out)
         self.peak_cells = max(self.peak_cells, len(self.memory.positions()))
         self._free()
-
-    def _needs(self) -> frozenset[str]:
-        return self.scorer.needs if self.scorer else frozenset()
 
     def _runs(self, start: int, stop: int) -> list[tuple[int, int]]:
         """Cut the entered tokens into decodes [first, last).
@@ -194,8 +186,8 @@ class Session:
                 self._close_segment()
             self._compute()
             return False
-        if SURPRISE in self._needs():
-            self._surprise.append(np.asarray([surprise_of(next_logits(self), token)], dtype=np.float32))
+        if SURPRISE in self.choice.needs:
+            self.choice.hear(np.asarray([surprise_of(next_logits(self), token)], dtype=np.float32))
         return True
 
     def end_step(self, out: Output) -> None:
@@ -213,109 +205,18 @@ class Session:
         """Segments older than the recent window give up what is not an anchor, a sink or pinned."""
         leaving = range(self._left, max(self._left, self.current - self.config.recent_window))
         for segment in leaving:
-            self._select(segment)
-            self._left = segment + 1
             span = self.ledger.span(segment)
-            state = self.ledger.column("state")[span]
-            anchors = self.ledger.column("anchor")[span]
+            if self.choice.needs and span[-1] >= self._pending_from:
+                self._compute()
+            self.choice.leave(segment, self.current, self.ledger, self.memory)
+            self._left = segment + 1
+            state, anchors = self.ledger.column("state")[span], self.ledger.column("anchor")[span]
             gone = span[(state == State.WHOLE) & ~anchors]
-            self.ledger.mark(gone, State.DROPPED, self._why_dropped())
+            self.ledger.mark(gone, State.DROPPED, self.choice.why_dropped)
         if leaving:
-            self._evict()
+            self.choice.fit_budget(self._left, self.current, self.ledger)
             self._stale = True
         self._free()
-
-    def _why_dropped(self) -> str:
-        scored = f", not among the best by '{self.config.scorer}' at {self.config.reduction:g}x" if self.scorer else ""
-        return f"left the recent window, no anchor{scored}"
-
-    def _select(self, segment: int) -> None:
-        """SEL: the scorer and the budget choose which tokens of `segment` stay."""
-        if self.scorer is None:
-            return
-        span = self.ledger.span(segment)
-        span = span[~self.ledger.column("added")[span]]
-        stop = int(span[-1]) + 1
-        if self.scorer.needs and stop > self._pending_from:
-            self._compute()
-        tokens = self.ledger.tokens[span].tolist()
-        scores = self.scorer.score(
-            SegmentView(
-                tokens=tokens, pieces=[self.engine.tokenizer.piece(token) for token in tokens], start=int(span[0]),
-                surprise=self._surprise_of(span) if SURPRISE in self.scorer.needs else None,
-                cells=self.memory.read_cells(span) if CELLS in self.scorer.needs else None,
-                vocabulary=self.engine.info.vocabulary,
-            )
-        )
-        column = self.ledger.column
-        eligible = (column("state")[span] == State.WHOLE) & ~column("anchor")[span]
-        finite = np.isfinite(scores)
-        column("score")[span[eligible]] = np.where(finite, scores, scores[finite].min(initial=0))[eligible]
-        if self.config.aging:
-            self._thin(span, stop)
-        else:
-            self._choose(span, stop)
-
-    def _choose(self, span: Ints, stop: int) -> None:
-        """Which tokens of `span`, the segment that leaves, become anchors for good. stop: where it ends."""
-        column = self.ledger.column
-        older = stop - int(column("added")[:stop].sum())
-        kept = int((column("always")[:stop] | column("anchor")[:stop]).sum())
-        whole = len(self.ledger) - stop
-        scores = column("score")[span]
-        self._keep(span[self.budget.choose(scores, ~np.isnan(scores), older, kept, whole)])
-
-    def _thin(self, span: Ints, stop: int) -> None:
-        """Which tokens of `span`, the segment that leaves, and which of the older anchors go on."""
-        column = self.ledger.column
-        anchor, always, score = column("anchor")[:stop], column("always")[:stop], column("score")[:stop]
-        alive = column("evicted")[:stop] == NEVER
-        scored = ~np.isnan(score)
-        pool = np.flatnonzero(alive & anchor & scored & ~always)
-        pool = np.concatenate([pool, span[~np.isnan(column("score")[span])]])
-        fixed = int((always | (anchor & alive & ~scored)).sum())
-        older = stop - int(column("added")[:stop].sum())
-        count = round(share(older, self.config.reduction, len(self.ledger) - stop))
-        why = "aged: no longer among the best anchors"
-        if self.cell_budget is not None and count > self._room:
-            count, why = self._room, f"cell budget of {self.cell_budget} full: no longer among the best anchors"
-        deviation = float(np.nanstd(score)) if scored.any() else 0.0
-        stays = best(score[pool], len(self.ledger) - pool, self.config.aging, deviation, count - fixed)
-        was = anchor[pool]
-        self._keep(pool[stays & ~was])
-        gone = pool[was & ~stays]
-        column("evicted")[gone] = self.current
-        self.ledger.mark(gone, State.DROPPED, why)
-
-    def _keep(self, chosen: Ints) -> None:
-        self.ledger.column("anchor")[chosen] = True
-        self.ledger.mark(chosen, State.ANCHOR, f"chosen by '{self.config.scorer}' (SEL)")
-
-    def _surprise_of(self, span: Ints) -> Floats:
-        """-log p of the tokens of `span`; theirs and everything older is then let go."""
-        found = np.concatenate(self._surprise)
-        rows = span - self._surprise_from
-        self._surprise_from = int(span[-1]) + 1
-        self._surprise = [found[rows[-1] + 1 :]]
-        return found[rows]
-
-    def _evict(self) -> None:
-        """Cell budget: the oldest anchors go first, so that what stays and the text being read fit."""
-        if self.cell_budget is None:
-            return
-        older = slice(0, int(np.searchsorted(self.ledger.column("segment"), self._left)))
-        always, evicted = self.ledger.column("always")[older], self.ledger.column("evicted")[older]
-        alive = np.flatnonzero(self.ledger.column("anchor")[older] & ~always & (evicted == NEVER))
-        surplus = len(alive) + int(always.sum()) - self._room
-        if surplus > 0:
-            oldest = alive[:surplus]
-            self.ledger.column("evicted")[oldest] = self.current
-            self.ledger.mark(oldest, State.DROPPED, f"cell budget of {self.cell_budget} full: oldest anchor")
-
-    @property
-    def _room(self) -> int:
-        """Cells that the cell budget leaves for older text."""
-        return (self.cell_budget or 0) - (self.config.most_whole - self.config.sinks)
 
     def _free(self) -> None:
         """Free every held cell that no later query can see."""
@@ -389,9 +290,7 @@ class Session:
         other.memory = self.memory.fork()
         other.ledger = self.ledger.copy()
         other.segmenter = self.segmenter.copy()
-        other.scorer = self.scorer.copy() if self.scorer else None
-        other.budget = self.budget.copy()
-        other._surprise = list(self._surprise)
+        other.choice = self.choice.copy()
         other._recalled = dict(self._recalled)
         return other
 
@@ -401,15 +300,14 @@ class Session:
         ledger, fields = self.ledger.state()
         arrays = {f"ledger.{name}": values for name, values in ledger.items()}
         arrays |= {f"memory.{name}": values for name, values in self.memory.state().items()}
-        if self._surprise:
-            arrays["surprise"] = np.concatenate(self._surprise)
         arrays |= {f"recalled.{segment}": lost for segment, lost in self._recalled.items()}
-        arrays["budget"] = self.budget.state()
+        chosen, choice = self.choice.state()
+        arrays |= chosen
         if self.logits is not None:
             arrays["logits"] = self.logits
         own = {
             "current": self.current, "left": self._left, "peak_cells": self.peak_cells,
-            "surprise_from": self._surprise_from, "ledger": fields,
+            "ledger": fields, **choice,
         }
         return arrays, own
 
@@ -426,11 +324,9 @@ class Session:
         session.memory.close()
         session.memory = engine.restore(part("memory."))
         session.ledger = Ledger.restore(part("ledger."), fields["ledger"])
-        session.budget = RunningBudget.restore(config.reduction, arrays["budget"])
+        session.choice.restore(arrays, fields)
         session.current, session._left = int(fields["current"]), int(fields["left"])
         session.peak_cells = int(fields["peak_cells"])
-        session._surprise = [arrays["surprise"]] if "surprise" in arrays else []
-        session._surprise_from = int(fields["surprise_from"])
         session._recalled = {int(segment): lost for segment, lost in part("recalled.").items()}
         session.logits = arrays.get("logits")
         session._pending_from = len(session.ledger)

@@ -705,8 +705,8 @@ def test_an_exported_file_needs_no_option(
     with anchorkv.load(out) as model:
         assert model.policy == policy
         session = model.read_text(TEXT).session
-        assert session.scorer is not None
-        assert session.scorer.name == "learned"
+        assert session.choice.scorer is not None
+        assert session.choice.scorer.name == "learned"
         assert Path(model.engine.info.scorer).read_bytes() == head.read_bytes()
     with anchorkv.load(out, policy="sepllm") as model:
         assert model.policy == preset("sepllm")

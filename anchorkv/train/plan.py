@@ -97,6 +97,6 @@ def plan(engine: PlanningEngine, config: AnchorConfig, tokens: Sequence[int], sc
     """
     with Session(engine, config) as session:
         if scorer is not None:
-            session.scorer = scorer
+            session.choice.scorer = scorer
         session.read(tokens, logits=False)
         return session.ledger
