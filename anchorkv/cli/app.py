@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from anchorkv.cli import chat, export, inspect, models, run, train
+from anchorkv.cli import chat, evaluate, export, inspect, models, run, train
 from anchorkv.cli.screen import stderr
 from anchorkv.errors import AnchorKVError
 
@@ -40,6 +40,7 @@ app.command("inspect")(inspect.inspect)
 app.command("models")(models.models)
 app.command("train")(train.train)
 app.command("export")(export.export)
+app.command("eval")(evaluate.evaluate)
 
 
 def _version(wanted: bool) -> None:
