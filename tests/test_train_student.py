@@ -15,7 +15,7 @@ peft = pytest.importorskip("peft")
 
 from tiny import tiny_model, tiny_tokenizer  # noqa: E402 (needs torch)
 
-from anchorkv.config import AnchorConfig  # noqa: E402
+from anchorkv.config import AnchorConfig, preset  # noqa: E402
 from anchorkv.engines.base import SURPRISE  # noqa: E402
 from anchorkv.engines.torch import TorchEngine  # noqa: E402
 from anchorkv.engines.torch_tokenizer import TorchTokenizer  # noqa: E402
@@ -148,9 +148,19 @@ def test_the_chunked_loss_is_the_plain_one() -> None:
 def test_policies_are_drawn_within_their_ranges() -> None:
     policies = Policies(AnchorConfig(), (4, 30), (0, 2), recall_documents=0.5)
     drawn = [policies.draw(np.random.default_rng(seed)) for seed in range(60)]
-    assert all(4 <= policy.reduction <= 30 for policy, _ in drawn)
-    assert {policy.recent_window for policy, _ in drawn} == {0, 2}
-    assert {share for _, share in drawn} == {0.0, 0.1}
+    assert all(4 <= found.policy.reduction <= 30 for found in drawn)
+    assert {found.policy.recent_window for found in drawn} == {0, 2}
+    assert {found.recalled for found in drawn} == {0.0, 0.1}
+
+
+def test_some_documents_guard_the_full_cache(engine: TorchEngine) -> None:
+    tokens = engine.tokenizer.encode(TEXT)[:120]
+    policies = Policies(POLICIES["sel"], full_documents=1.0)
+    assert policies.draw(np.random.default_rng(0)) == (preset("full"), 0.0, True)
+    student = Student(with_lora(engine), engine.tokenizer, engine.info, policies)
+    found = student._read(tokens, [120], None, 3)
+    assert found.mask.sum() == 120 * 121 / 2
+    assert len(found.asks) == 119
 
 
 def test_nothing_to_learn_from_is_refused(engine: TorchEngine) -> None:

@@ -39,6 +39,8 @@ def train(
     hidden: Annotated[float, Option(min=0, help="Weight of the hidden states' distance from the full cache's.")] = 0.0,
     vocabulary: Annotated[float, Option(
         min=0.001, max=1, help="Share of the vocabulary that the loss is computed over; 1 is exact.")] = 0.125,
+    full_documents: Annotated[float, Option(
+        min=0, max=1, help="Share of the documents read with nothing dropped: it guards the full cache.")] = 0.1,
     validation: Annotated[str | None, Option(
         metavar="FILE|…", help="Text to measure progress on, at the start and at every checkpoint.")] = None,
     save_steps: Annotated[int, Option(min=1, help="Steps between checkpoints.")] = 50,
@@ -70,7 +72,8 @@ def train(
         settings = Settings(
             model=source, data=data, policy=config, tokens=tokens, length=length, rows=rows,
             accumulation=accumulation, rank=rank, alpha=2 * rank, rate=rate, distil=distil, next_token=next_token,
-            hidden=hidden, vocabulary=vocabulary, start=str(start.expanduser()) if start else None, seed=seed,
+            hidden=hidden, vocabulary=vocabulary, full_documents=full_documents,
+            start=str(start.expanduser()) if start else None, seed=seed,
         )
         report = _train(settings, out, validation, save_steps, as_json or not first)
     if not first:  # of several processes one speaks

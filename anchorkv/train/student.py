@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from anchorkv.config import AnchorConfig
+from anchorkv.config import AnchorConfig, preset
 from anchorkv.engines.base import CELLS, Bools, Cells, Ints, ModelInfo, Tokenizer
 from anchorkv.engines.torch_memory import floats
 from anchorkv.engines.torch_model import cache_argument, check_arguments, layer_kinds
@@ -26,6 +26,15 @@ from anchorkv.train.attention import is_plain, masked
 from anchorkv.train.objective import apartness, candidates, loss
 from anchorkv.train.plan import PlanningEngine, plan
 from anchorkv.visibility import NEVER, Recalled, dense_mask
+
+
+class Drawn(NamedTuple):
+    """How one document is read: the policy, the share of its segments to recall, and whether every token is scored or
+    those alone whose prediction has lost sight of something."""
+
+    policy: AnchorConfig
+    recalled: float
+    every: bool
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,9 @@ class Policies:
     """Share of the segments that are left visible, as if recalled …"""
     recall_documents: float = 0.3
     """… in this share of the documents."""
+    full_documents: float = 0.0
+    """Share of the documents that are read with nothing dropped and every token scored, so that the full cache stays
+    what it was."""
 
     @classmethod
     def only(cls, policy: AnchorConfig) -> Policies:
@@ -48,8 +60,10 @@ class Policies:
         same = (policy.reduction, policy.reduction)
         return cls(policy, same, (policy.recent_window,), (policy.aging,), recall_documents=0.0)
 
-    def draw(self, random: np.random.Generator) -> tuple[AnchorConfig, float]:
-        """A policy, and the share of its segments to recall."""
+    def draw(self, random: np.random.Generator) -> Drawn:
+        """How one document is read."""
+        if random.random() < self.full_documents:
+            return Drawn(preset("full"), 0.0, every=True)
         low, high = np.log(self.reductions)
         window = int(random.choice(self.windows))
         changes: dict[str, Any] = {"recall": "off", "cell_budget": None, "recent_window": window}
@@ -57,7 +71,7 @@ class Policies:
             changes["reduction"] = float(np.exp(random.uniform(low, high)))
             changes["aging"] = float(random.choice(self.agings))
         recalled = self.recall_share if random.random() < self.recall_documents else 0.0
-        return self.base.replace(**changes), recalled
+        return Drawn(self.base.replace(**changes), recalled, every=False)
 
 
 @dataclass(frozen=True)
@@ -213,12 +227,12 @@ class Student(nn.Module):
         """Every document of a block, each under a policy of its own."""
         random, found, at = np.random.default_rng(seed), [], 0
         for size in sizes:
-            policy, recalled = self.policies.draw(random)
+            policy, recalled, every = self.policies.draw(random)
             own = None if cells is None else Cells(cells.values[at : at + size], cells.key_norms[at : at + size])
             engine = PlanningEngine(self.tokenizer, self.info, cells=own)
             ledger = plan(engine, policy, tokens[at : at + size])
             recall_some(ledger, recalled, random)
-            found.append(reading(ledger))
+            found.append(reading(ledger, every=every))
             at += size
         return join(found, sizes)
 

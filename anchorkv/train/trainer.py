@@ -76,6 +76,8 @@ class Settings:
     """Share of the vocabulary that the loss is computed over."""
     windows: tuple[int, ...] = (0, 1, 1, 2)
     reductions: tuple[float, float] = (4.0, 30.0)
+    full_documents: float = 0.1
+    """What policies are drawn (student.Policies)."""
     start: str | None = None
     """Folder of an adapter to go on from, instead of fresh LoRA matrices."""
     seed: int = 0
@@ -271,8 +273,11 @@ def train(
     anchor = give_anchor(engine) if _needs_anchor(settings) else None
     student = Student(
         with_adapter(engine.model, settings, anchor), engine.tokenizer, engine.info,
-        Policies(settings.policy, reductions=settings.reductions, windows=settings.windows), distil=settings.distil,
-        next_token=settings.next_token, hidden=settings.hidden, vocabulary=settings.vocabulary,
+        Policies(
+            settings.policy, reductions=settings.reductions, windows=settings.windows,
+            full_documents=settings.full_documents,
+        ),
+        distil=settings.distil, next_token=settings.next_token, hidden=settings.hidden, vocabulary=settings.vocabulary,
     )
     state = json.loads((last / STREAM).read_text(encoding="utf-8")) if last else None
     trainer = AnchorTrainer(
