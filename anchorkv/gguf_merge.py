@@ -133,7 +133,7 @@ def _plan(header: Header, changes: dict[str, Change], kind: str, base: Path) -> 
                              "for a vocabulary of another size.")
         left = change.left
         if leaf in ("q_proj", "k_proj") and left is not None:
-            left = _in_order(left, leaf, module, header, architecture)
+            left = in_order(left, leaf, module, header, architecture)
         placed[name] = replace(change, left=left)
     if _OUTPUT not in tensors:
         _part_tied(placed, architecture)
@@ -165,7 +165,7 @@ def _part_tied(placed: dict[str, Change | None], architecture: str) -> None:
         placed[name] = change if whole is None else replace(change or Change(), whole=whole)
 
 
-def _in_order(left: Floats, leaf: str, module: str, header: Header, architecture: str) -> Floats:
+def in_order(left: Floats, leaf: str, module: str, header: Header, architecture: str) -> Floats:
     """Rows of q or k as the file keeps them (llama.cpp's convert_hf_to_gguf, `permute`)."""
     if architecture in _AS_IN_HF:
         return left

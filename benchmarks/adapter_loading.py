@@ -29,7 +29,7 @@ from anchorkv.adapter import read_adapter
 from anchorkv.engines.llama import LlamaEngine
 from anchorkv.engines.llama_file import fast_copy
 from anchorkv.export import merge
-from anchorkv.gguf_merge import _in_order
+from anchorkv.gguf_merge import in_order
 from anchorkv.ggufheader import read_header
 from anchorkv.models import DEFAULT, builtin
 from anchorkv.shipped import adapter_folder
@@ -53,7 +53,7 @@ def write_lora(folder: Path, base: Path, out: Path) -> None:
             continue
         left, leaf = change.left, module.rpartition(".")[2]
         if leaf in ("q_proj", "k_proj"):
-            left = _in_order(left, leaf, module, header, architecture)
+            left = in_order(left, leaf, module, header, architecture)
         if alpha is None:  # the scale is in `left` already
             alpha = float(left.shape[1])
             writer.add_float32("adapter.lora.alpha", alpha)
