@@ -3,9 +3,9 @@
     python benchmarks/failures.py --data ../shared/data
 
 Every text is read twice with the same weights, with the full cache and with `default`; what a token loses is the rise
-of its -log p, in nats. Tokens are sorted by what they are (number, name, other word, punctuation) and by whether the same
-word stood in the text before. Code and tables are Python's own library, so that every machine has the same kind. Writes
-results/failures.json; docs/where-anchors-fail.md tells what it means.
+of its -log p, in nats. Tokens are sorted by what they are (number, name, other word, punctuation) and by whether the
+same word stood in the text before. Code and tables are Python's own library, so that every machine has the same kind.
+Writes results/failures.json; docs/where-anchors-fail.md tells what it means.
 """
 
 from __future__ import annotations

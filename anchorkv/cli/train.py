@@ -36,7 +36,7 @@ def train(
     rate: Annotated[float, Option(help="Learning rate.")] = 5e-4,
     distil: Annotated[float, Option(min=0, help="Weight of the divergence from the full cache.")] = 1.0,
     next_token: Annotated[float, Option(min=0, help="Weight of the plain next-token loss (the paper's).")] = 0.0,
-    hidden: Annotated[float, Option(min=0, help="Weight of the hidden states' distance from the full cache's.")] = 0.0,
+    hidden: Annotated[float, Option(min=0, help="Weight of the hidden states' distance from the full cache's.")] = 1.0,
     vocabulary: Annotated[float, Option(
         min=0.001, max=1, help="Share of the vocabulary that the loss is computed over; 1 is exact.")] = 0.125,
     full_documents: Annotated[float, Option(

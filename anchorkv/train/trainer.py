@@ -70,7 +70,7 @@ class Settings:
     warmup: float = 0.05
     distil: float = 1.0
     next_token: float = 0.0
-    hidden: float = 0.0
+    hidden: float = 1.0
     """Weights of the three losses (objective.py)."""
     vocabulary: float = 0.125
     """Share of the vocabulary that the loss is computed over."""

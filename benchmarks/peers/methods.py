@@ -113,7 +113,7 @@ def lagkv(reduction: float) -> Any:
 
 @method("Compactor")
 def compactor(reduction: float) -> Any:
-    """Chari and Van Durme, arXiv 2507.08143. kvpress' defaults, which its docstring recommends. Its sketch is random."""
+    """Chari and Van Durme, arXiv 2507.08143. kvpress' defaults, as its docstring recommends. Its sketch is random."""
     from kvpress import CompactorPress
 
     return CompactorPress(compression_ratio=ratio(reduction))
@@ -121,7 +121,7 @@ def compactor(reduction: float) -> Any:
 
 @method("KVzip")
 def kvzip(reduction: float) -> Any:
-    """Kim et al., arXiv 2505.23416. The model repeats the context; budgets over all layers and heads (kvpress' defaults).
+    """Kim et al., arXiv 2505.23416. The model repeats the context; one budget over layers and heads (kvpress' defaults).
     kvpress takes it for granted that a context starts as the chat template does, and scores nothing of that part; for
     a context that starts otherwise everything is scored."""
     from kvpress import KVzipPress

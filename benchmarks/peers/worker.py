@@ -3,7 +3,7 @@
     python worker.py MODEL.gguf [--threads N]
 
 {"id", "kind": "continuation", "method", "reduction", "context": [ids], "continuation": [ids]}
-    reads `context`, compressed to 1/reduction of its cells, then `continuation`: "losses", -log p of each of its tokens.
+    reads `context`, compressed to 1/reduction of its cells, then `continuation`: "losses", -log p of each token.
 {"id", "kind": "generate", "method", "reduction", "context", "question": [ids], "max_tokens": n, "stop": [ids]}
     reads `question` after it, uncompressed, and answers greedily: "tokens", without the one that stopped it.
 
@@ -92,7 +92,7 @@ def prefill(model: Any, tokenizer: Any, compress: Any, ids: Sequence[int]) -> Co
     masked = []
     for attention, layer in zip(attentions, cache.layers, strict=True):
         masked.append(_masked(attention.masked_key_indices, layer.keys))
-        # `read` below masks exactly; kvpress would look for a key that no query likes, which many queries can make fail.
+        # `read` below masks exactly. kvpress looks for a key that no query likes: with many queries there may be none.
         attention.masked_key_indices = None
     return Context(cache, masked, logits, len(read), seconds)
 
