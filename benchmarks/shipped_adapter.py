@@ -38,8 +38,8 @@ MIXTURE = {  # file below lm/: weight, licence
     "peps.train": (0.5, "public domain / CC0"), "rust_book.train": (0.5, "Apache-2.0 or MIT"),
 }
 PAPER = [
-    "--length", "1024", "--tokens", "98304", "--save-steps", "24", "--rate", "5e-4", "--hidden", "0", "--full-documents",
-    "0",
+    "--length", "1024", "--tokens", "98304", "--save-steps", "24", "--rate", "5e-4", "--hidden", "0",
+    "--full-documents", "0",
 ]
 KINDS = {
     "sel": ["--policy", "default", "--length", "4096", "--tokens", "196608", "--save-steps", "24", "--rate", "3e-4"],

@@ -121,7 +121,7 @@ def compactor(reduction: float) -> Any:
 
 @method("KVzip")
 def kvzip(reduction: float) -> Any:
-    """Kim et al., arXiv 2505.23416. The model repeats the context; one budget over layers and heads (kvpress' defaults).
+    """Kim et al., arXiv 2505.23416. The model repeats the context; one budget for all layers and heads (its defaults).
     kvpress takes it for granted that a context starts as the chat template does, and scores nothing of that part; for
     a context that starts otherwise everything is scored."""
     from kvpress import KVzipPress

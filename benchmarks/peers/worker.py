@@ -182,9 +182,9 @@ def check(job: Any, vocabulary: int) -> None:
     if not isinstance(job, dict):
         raise JobError("A job is a JSON object.")
     kind, name, reduction = job.get("kind"), job.get("method"), job.get("reduction")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise JobError(f"There is no kind of job {kind!r}; use {' or '.join(KINDS)}.")
-    if name not in methods.METHODS:
+    if not isinstance(name, str) or name not in methods.METHODS:
         raise JobError(f"There is no method {name!r}; use one of {', '.join(methods.METHODS)}.")
     if isinstance(reduction, bool) or not isinstance(reduction, int | float) or not 1 <= reduction < math.inf:
         raise JobError("A job's reduction is a number from 1 on.")
