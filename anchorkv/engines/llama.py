@@ -27,6 +27,7 @@ from anchorkv.engines.llama_vocab import LlamaTokenizer
 from anchorkv.errors import CapacityError, ModelError, SavedStateError
 
 _SCRATCH, _ALIAS, _FIRST = 0, 1, 2
+_KV_TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
 
 
 class LlamaEngine:
@@ -43,9 +44,9 @@ class LlamaEngine:
 
         Raises ModelError when the file cannot be used, CapacityError when the context cannot be allocated.
         """
-        if kv_type not in ("f16", "q8_0"):
-            raise ModelError(f"KV cells are stored as f16 or q8_0, not {kv_type}.")
-        if kv_type == "q8_0" and not flash_attention:
+        if kv_type not in _KV_TYPES:
+            raise ModelError(f"KV cells are stored as {', '.join(_KV_TYPES)}, not {kv_type}.")
+        if kv_type != "f16" and not flash_attention:
             flash_attention = True  # llama.cpp quantises V only there
         self.batch = batch
         self._model = open_model(path, gpu_layers)
@@ -133,7 +134,7 @@ class LlamaEngine:
         params.n_seq_max, params.kv_unified = sequences, True
         params.n_threads = params.n_threads_batch = threads
         params.flash_attn_type = 1 if flash else 0
-        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F16 if kv_type == "f16" else llama_cpp.GGML_TYPE_Q8_0
+        params.type_k = params.type_v = _KV_TYPES[kv_type]
         params.no_perf = True
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:

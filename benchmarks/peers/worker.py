@@ -56,7 +56,7 @@ class Context:
     seconds: float
 
     def kept_cells(self) -> float:
-        heads = sum(layer.keys.shape[1] for layer in self.cache.layers)
+        heads: int = sum(layer.keys.shape[1] for layer in self.cache.layers)
         return sum(self._cells()) / heads
 
     def kv_bytes(self) -> int:
