@@ -1,104 +1,101 @@
-"""What the shipped adapter gains: perplexity with the full cache, with anchors and without memory, the same weights.
+"""What the shipped adapter gains: `anchorkv eval perplexity` with and without it, and the paper's own anchors.
 
-    python benchmarks/adapter.py --data ../shared/data                    # what the built-in model runs with
-    python benchmarks/adapter.py --data ../shared/data --model some.gguf  # an exported adapter
+    python benchmarks/adapter.py --data ../shared/data
+    python benchmarks/adapter.py --data ../shared/data --model some.gguf       # an exported adapter
+    python benchmarks/adapter.py --data ../shared/data --paper RUNS            # with the logs of shipped_adapter.py
 
-Documents of pg19.test and wikitext2.test, scored after their first tokens, are read through llama.cpp as users read
-them: nothing is masked, the cells are gone. Each policy is judged against "no memory" with its own sinks, recent window
-and segments. "window" keeps the newest text whole instead of anchors, as many cells as `default` keeps: what anchors
-have to beat. Writes results/adapter.json.
+Documents of pg19.test and wikitext2.test, scored after their first 512 tokens, are read through llama.cpp as users read
+them: nothing is masked, the cells are gone. "window" keeps the newest text whole instead of anchors, as many cells as
+`default` keeps: what anchors have to beat. Measurements are kept in --work; a stopped run goes on. Writes
+results/adapter.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import platformdirs
 from inference import ROOT, console, write_results
-from quality import UNSCORED, losses, newest_whole
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
-import anchorkv
-from anchorkv.config import AnchorConfig
-from anchorkv.engines.base import Engine
+from anchorkv.evaluate.run import Models, Store, run, settings_of
+from anchorkv.evaluate.tasks.perplexity import Perplexity
+from anchorkv.evaluate.ways import BASE, FULL, ways
 
-TEXTS = {"pg19.test": "lm/pg19.test.jsonl.gz", "wikitext2.test": "lm/wikitext2.test.jsonl.gz"}
-FULL, PAPER = "full", ("paper-ep", "paper-ac")
-
-
-def policies(reductions: list[float]) -> dict[str, AnchorConfig]:
-    base = anchorkv.preset("default").replace(recall="off", cell_budget=None)
-    found = {FULL: anchorkv.preset("full")}
-    for reduction in reductions:
-        found[f"default {reduction:g}x"] = base.replace(reduction=reduction)
-        found[f"window {reduction:g}x"] = newest_whole(base.replace(reduction=reduction))
-    return found | {name: anchorkv.preset(name) for name in PAPER}
+KINDS = ("ep", "ac")
+FIGURES = ("reduction", "perplexity", "ratio", "ratio_to_base", "context_recovered")
 
 
-def documents(engine: Engine, path: Path, count: int, length: int) -> list[list[int]]:
-    """The first `length` tokens of the first texts that have as many; short articles are read one after the other."""
-    found: list[list[int]] = []
-    waiting: list[int] = []
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            waiting += engine.tokenizer.encode(json.loads(line)["text"][: 8 * length])
-            if len(waiting) >= length:
-                found.append(waiting[:length])
-                waiting = []
-            if len(found) == count:
-                break
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of text and policy, those without the adapter as `base_…` beside them."""
+    # Within the model's window nothing but the reduction bounds the cells.
+    labels = {
+        f"{name}:reduction={r:g},recall=off,cell_budget=null": f"{name} {r:g}x"
+        for r in options.reductions for name in ("default", "window")
+    }
+    bases = [] if options.model else [BASE, *(f"{BASE}/{name}" for name in labels)]
+    wanted = ways([*labels, *bases])
+    task = Perplexity(data=options.data, documents=options.documents, length=options.length)
+    with Models(options.model) as models, Progress(console=console, transient=True) as progress:
+        store = Store(options.work, settings_of([task], wanted, models))
+        bar = progress.add_task("reading", total=None)
+        rows = run([task], wanted, models, store, lambda done, total, what: progress.update(
+            bar, completed=done, total=total, description=what))
+    found = {(row["text"], row["policy"]): row for row in rows}
+    out = []
+    for (text, policy), row in found.items():
+        if policy in bases:
+            continue
+        base = found.get((text, BASE if policy == FULL else f"{BASE}/{policy}"), {})
+        kept = {name: row[name] for figure in FIGURES for name in (figure, f"{figure}_stderr")}
+        out.append({
+            "text": text, "policy": labels.get(policy, policy), **kept, "documents": row["documents"],
+            "tokens": row["tokens"],
+            **{f"base_{name}": base.get(name) for name in ("ratio", "context_recovered")},
+        })
+    return out
+
+
+def checkpoints(runs: Path) -> dict[str, list[dict[str, Any]]]:
+    """What `shipped_adapter.py train ep|ac` measured on held-out books at every checkpoint."""
+    found = {}
+    for kind in KINDS:
+        path = runs / kind / "log.jsonl"
+        if path.is_file():
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            found[f"paper-{kind}"] = [line for line in lines if "context_recovered" in line]
     return found
 
 
-def measure(engine: Engine, texts: dict[str, list[list[int]]], wanted: dict[str, AnchorConfig]) -> dict[Any, Any]:
-    """{(text, policy): (mean -log p, reduction)}; "no memory" of every policy that needs one is measured too."""
-    jobs = dict(wanted)
-    jobs |= {_ground(config): config.replace(anchors=()) for name, config in wanted.items() if name != FULL}
-    out: dict[Any, Any] = {}
-    work = [(text, name) for text in texts for name in jobs]
-    for text, name in track(work, "reading", console=console, transient=True):
-        read = [losses(engine, jobs[name], tokens) for tokens in texts[text]]
-        scored = np.concatenate([loss[UNSCORED:] for loss, _ in read])
-        out[text, name] = float(scored.mean()), float(np.mean([accounting["reduction"] for _, accounting in read]))
-    return out
-
-
-def _ground(config: AnchorConfig) -> str:
-    """Name of the "no memory" below a policy: that of every other with the same sinks, recent window and segments."""
-    return f"no memory {config.sinks}/{config.recent_window}/{config.min_segment}-{config.max_segment}"
-
-
-def rows(found: dict[Any, Any], before: dict[Any, Any], wanted: dict[str, AnchorConfig]) -> list[dict[str, Any]]:
-    """`before`: the same of the base model without the adapter."""
-    out = []
-    for (text, name), (loss, reduction) in found.items():
-        if name not in wanted:
-            continue
-        full = math.exp(found[text, FULL][0])
-        row = {
-            "text": text, "policy": name, "reduction": reduction, "perplexity": math.exp(loss),
-            "ratio": math.exp(loss) / full, "ratio_to_base": math.exp(loss - before[text, FULL][0]),
-            "base_ratio": math.exp(before[text, name][0] - before[text, FULL][0]),
-            "context_recovered": _recovered(found, text, name, wanted[name]),
-            "base_context_recovered": _recovered(before, text, name, wanted[name]),
-        }
-        out.append(row)
-    return out
-
-
-def _recovered(found: dict[Any, Any], text: str, name: str, config: AnchorConfig) -> float:
-    if name == FULL:
-        return 1.0
-    none = math.exp(found[text, _ground(config)][0])
-    full, anchored = math.exp(found[text, FULL][0]), math.exp(found[text, name][0])
-    return (none - anchored) / (none - full)
+def show(rows: list[dict[str, Any]], paper: dict[str, list[dict[str, Any]]], title: str) -> None:
+    table = Table(title=title)
+    for heading in ("text", "policy", "full / kept", "perplexity", "ratio", "to base", "recovered", "without adapter"):
+        table.add_column(heading, justify="left" if heading in ("text", "policy") else "right")
+    for row in rows:
+        without = row["base_context_recovered"]
+        table.add_row(
+            row["text"], row["policy"], f"{row['reduction']:.1f}x", f"{row['perplexity']:.2f}", f"{row['ratio']:.3f}",
+            f"{row['ratio_to_base']:.3f}", f"{row['context_recovered']:.1%} ± {row['context_recovered_stderr']:.1%}",
+            "" if without is None else f"{without:.1%}",
+        )
+    Console().print(table)
+    if paper:
+        table = Table(title="The paper's anchors while they are trained: held-out books of 1,024 tokens")
+        for heading in ("anchors", "tokens trained", "full / kept", "full", "anchored", "no memory", "recovered"):
+            table.add_column(heading, justify="left" if heading == "anchors" else "right")
+        for kind, lines in paper.items():
+            for line in lines:
+                table.add_row(
+                    kind, f"{line['tokens']:,}", f"{line['reduction']:.1f}x", f"{line['perplexity_full']:.1f}",
+                    f"{line['perplexity_anchored']:.1f}", f"{line['perplexity_no_memory']:.1f}",
+                    f"{line['context_recovered']:.0%}",
+                )
+        Console().print(table)
 
 
 def main() -> None:
@@ -108,33 +105,16 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=2, help="of each text")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--reductions", type=float, nargs="+", default=[12, 24])
-    parser.add_argument("--no-paper", action="store_true", help=f"leave out {' and '.join(PAPER)}, the slow ones")
+    parser.add_argument("--paper", type=Path, help="folder of the runs of shipped_adapter.py")
+    parser.add_argument("--work", type=Path, default=Path(platformdirs.user_cache_path("anchorkv")) / "adapter-run")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "adapter.json")
     options = parser.parse_args()
-    wanted = policies(options.reductions)
-    if options.no_paper:
-        wanted = {name: config for name, config in wanted.items() if name not in PAPER}
-    results = []
-    for adapted in (True, False):
-        model = anchorkv.load(options.model) if adapted else anchorkv.load(adapter=False)
-        texts = {
-            name: documents(model.engine, options.data / path, options.documents, options.length)
-            for name, path in TEXTS.items()
-        }
-        results.append(measure(model.engine, texts, wanted))
-        model.close()
-    table = Table(title=f"{options.documents} documents of {options.length:,} tokens each, scored after {UNSCORED}")
-    for heading in ("text", "policy", "full / kept", "perplexity", "ratio", "to base", "recovered", "without adapter"):
-        table.add_column(heading, justify="left" if heading in ("text", "policy") else "right")
-    found = rows(*results, wanted)
-    for row in found:
-        table.add_row(
-            row["text"], row["policy"], f"{row['reduction']:.1f}x", f"{row['perplexity']:.2f}", f"{row['ratio']:.3f}",
-            f"{row['ratio_to_base']:.3f}", f"{row['context_recovered']:.1%}", f"{row['base_context_recovered']:.1%}",
-        )
-    Console().print(table)
-    settings = {**vars(options), "data": True, "out": options.out.name, "model": Path(options.model or "").name}
-    write_results(options.out, perplexity=found, settings=settings)
+    before = json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {}
+    paper = checkpoints(options.paper) if options.paper else before.get("paper", {})
+    rows = measure(options)
+    show(rows, paper, f"{options.documents} documents of {options.length:,} tokens each, scored after 512")
+    settings = {name: getattr(options, name) for name in ("documents", "length", "reductions")}
+    write_results(options.out, perplexity=rows, paper=paper, settings=settings)
 
 
 if __name__ == "__main__":

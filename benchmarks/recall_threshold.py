@@ -9,25 +9,26 @@ only its tokenizer and the policy's segments are needed. Writes results/recall_t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from inference import ROOT, write_results
-from quality import squad_questions
 from rich.console import Console
 from rich.table import Table
 
 import anchorkv
 from anchorkv.engines.base import Engine
+from anchorkv.evaluate.passages import SEPARATOR, question_set
 from anchorkv.recall import BM25, RecallPlan
 from anchorkv.train.plan import PlanningEngine, plan
 
+PASSAGES = 10
 
-def share(engine: Engine, passages: Sequence[str], question: str) -> float:
-    """Best score / ceiling over the segments of `passages`."""
+
+def share(engine: Engine, text: str, question: str) -> float:
+    """Best score / ceiling over the segments of `text`."""
     policy = anchorkv.preset("default").replace(scorer="landmarks", cell_budget=None)
-    tokens = engine.tokenizer.encode("\n\n".join(passages))
+    tokens = engine.tokenizer.encode(text)
     ledger = plan(PlanningEngine(engine.tokenizer, engine.info), policy, tokens)
     texts = [engine.tokenizer.decode(ledger.tokens[ledger.span(n)].tolist()) for n in range(ledger.segments)]
     ranker = BM25()
@@ -42,9 +43,12 @@ def main() -> None:
     options = parser.parse_args()
     present, absent = [], []
     with anchorkv.load() as model:
-        for row, others in squad_questions(options.data, options.questions, np.random.default_rng(0)):
-            absent.append(share(model.engine, others, row["question"]))
-            present.append(share(model.engine, [*others, row["context"]], row["question"]))
+        squad = question_set("squad", options.data)
+        for question in squad.chosen(options.questions):
+            text = squad.hidden(question, PASSAGES)
+            others = [passage for passage in text.split(SEPARATOR) if passage not in question.context]
+            absent.append(share(model.engine, SEPARATOR.join(others), question.text))
+            present.append(share(model.engine, text, question.text))
     table = Table(title=f"share of questions that `auto` would recall for, of {options.questions}")
     found = []
     for threshold in (0.05, 0.075, 0.1, 0.125, 0.15, 0.2, 0.25):

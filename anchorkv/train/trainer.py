@@ -227,9 +227,12 @@ def _check_start(start: str, rank: int) -> None:
 
 def give_anchor(engine: TorchEngine) -> int:
     """The token that is <AC>. Where nothing in the vocabulary can be, `engine` gets one: in its tokenizer and, where
-    that has no row to spare, in its model."""
+    that has no row to spare, in its model. A token that was none before begins with the row of ".", after which models
+    gather a sentence of themselves: with a spare row of its own, training starts far below no memory at all."""
     tokenizer: Any = engine.tokenizer
     hf, anchor = tokenizer.hf, None
+    if AC in hf.get_vocab():
+        return int(tokenizer.anchor_id())
     with suppress(ModelError):
         anchor = int(tokenizer.anchor_id())
     # What ends or begins a text has a row that must stay as it is.
@@ -240,6 +243,9 @@ def give_anchor(engine: TorchEngine) -> int:
             engine.info = replace(engine.info, vocabulary=len(hf))
         engine.tokenizer = TorchTokenizer(hf, tokenizer.eos_ids)
         anchor = engine.tokenizer.anchor_id()
+    with torch.no_grad():
+        rows = engine.model.get_input_embeddings().weight
+        rows[anchor] = rows[engine.tokenizer.encode(".")[-1]]
     return anchor
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from anchorkv.config import AnchorConfig, preset
 from anchorkv.engines.base import Cells
+from anchorkv.evaluate.losses import context_recovered
 from anchorkv.train.plan import PlanningEngine, plan
 from anchorkv.train.student import Reading, Student, cells_of, reading
 
@@ -34,7 +35,7 @@ class Validation:
     @property
     def recovered(self) -> float:
         """Context recovered: 1 is the full cache, 0 is nothing but sinks and the recent window."""
-        return (self.none - self.anchored) / (self.none - self.full) if self.none > self.full else float("nan")
+        return context_recovered(self.none, self.anchored, self.full)
 
 
 @torch.no_grad()
