@@ -31,7 +31,15 @@ from anchorkv.errors import ConfigError, DataError  # noqa: E402
 from anchorkv.export import compare, merge  # noqa: E402
 from anchorkv.train.progress import LOG, Progress  # noqa: E402
 from anchorkv.train.student import Policies, Student  # noqa: E402
-from anchorkv.train.trainer import STATE, STREAM, Settings, give_anchor, train, with_adapter  # noqa: E402
+from anchorkv.train.trainer import (  # noqa: E402
+    STATE,
+    STREAM,
+    Settings,
+    begin_as,
+    give_anchor,
+    train,
+    with_adapter,
+)
 
 POLICY = AnchorConfig(reduction=6, max_segment=24, recall="off", scorer="frequency")
 
@@ -312,6 +320,20 @@ def test_the_row_of_the_anchor_token_is_trained(
     (name,) = (name for name in gradients if "trainable_tokens_delta" in name)
     assert gradients[name].abs().max() > 0
     assert not student.head.weight.requires_grad
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_anchor_token_begins_as_a_full_stop(rank: int, settings: Settings) -> None:
+    engine = TorchEngine.load(settings.model)
+    anchor, stop = give_anchor(engine), engine.tokenizer.encode(".")[-1]
+    before = engine.model.get_input_embeddings().weight.detach().clone()
+    model = with_adapter(engine.model, replace(settings, rank=rank), anchor)
+    begin_as(model, anchor, stop)
+    with torch.no_grad():
+        rows = model.get_input_embeddings()(torch.tensor([anchor, stop]))
+    assert torch.equal(rows[0], before[stop])
+    assert torch.equal(rows[1], before[stop])
+    assert not torch.equal(before[anchor], before[stop])
 
 
 @pytest.mark.slow

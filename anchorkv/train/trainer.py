@@ -227,12 +227,9 @@ def _check_start(start: str, rank: int) -> None:
 
 def give_anchor(engine: TorchEngine) -> int:
     """The token that is <AC>. Where nothing in the vocabulary can be, `engine` gets one: in its tokenizer and, where
-    that has no row to spare, in its model. A token that was none before begins with the row of ".", after which models
-    gather a sentence of themselves: with a spare row of its own, training starts far below no memory at all."""
+    that has no row to spare, in its model."""
     tokenizer: Any = engine.tokenizer
     hf, anchor = tokenizer.hf, None
-    if AC in hf.get_vocab():
-        return int(tokenizer.anchor_id())
     with suppress(ModelError):
         anchor = int(tokenizer.anchor_id())
     # What ends or begins a text has a row that must stay as it is.
@@ -243,10 +240,18 @@ def give_anchor(engine: TorchEngine) -> int:
             engine.info = replace(engine.info, vocabulary=len(hf))
         engine.tokenizer = TorchTokenizer(hf, tokenizer.eos_ids)
         anchor = engine.tokenizer.anchor_id()
-    with torch.no_grad():
-        rows = engine.model.get_input_embeddings().weight
-        rows[anchor] = rows[engine.tokenizer.encode(".")[-1]]
     return anchor
+
+
+@torch.no_grad()
+def begin_as(model: Any, anchor: int, token: int) -> None:
+    """Give <AC> the embedding of `token` before it is trained: after a full stop models gather a sentence of
+    themselves, while a spare token's own row reads worse than no memory at all (docs/research-log.md, 10)."""
+    rows = model.get_input_embeddings()
+    like = getattr(rows, "base_layer", rows).weight[token].clone()
+    trained = [row for name, row in model.named_parameters() if "trainable_tokens_delta" in name]
+    for row in trained or [rows.weight[anchor : anchor + 1]]:
+        row.copy_(like)
 
 
 def train(
@@ -276,9 +281,13 @@ def train(
     with arguments.main_process_first(local=False):
         last = _resumable(settings, out, processes) if resume else None
     set_seed(settings.seed)  # the adapter's first weights are drawn
+    knows_anchor = AC in engine.tokenizer.hf.get_vocab()
     anchor = give_anchor(engine) if _needs_anchor(settings) else None
+    model = with_adapter(engine.model, settings, anchor)
+    if anchor is not None and settings.start is None and not knows_anchor:
+        begin_as(model, anchor, engine.tokenizer.encode(".")[-1])
     student = Student(
-        with_adapter(engine.model, settings, anchor), engine.tokenizer, engine.info,
+        model, engine.tokenizer, engine.info,
         Policies(
             settings.policy, reductions=settings.reductions, windows=settings.windows,
             full_documents=settings.full_documents,
