@@ -41,7 +41,7 @@ environment: .venv-test/.ready
 	@echo "Installing into .venv-test (once) ..."
 	@$(PYTHON) -m venv .venv-test
 	@.venv-test/bin/python $(PIP) install $(TORCH)
-	@.venv-test/bin/python $(PIP) install -e '.[torch,train,dev]'
+	@.venv-test/bin/python $(PIP) install -e '.[torch,train,eval,dev]'
 	@touch $@
 
 clean:

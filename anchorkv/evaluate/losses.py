@@ -52,13 +52,14 @@ def read_losses(engine: Engine, policy: AnchorConfig, tokens: Sequence[int], mar
 def answer_losses(session: Session, tokens: Sequence[int]) -> Floats:
     """-log p [n] of `tokens` as what comes next in `session`, which has them read afterwards."""
     parts: list[Floats] = []
+    start = len(session.ledger)
     session.observe = lambda first, out: parts.append(out.surprise) if out.surprise is not None else None
     session.observe_needs = frozenset({SURPRISE})
     try:
         session.read(tokens)
     finally:
         session.observe, session.observe_needs = None, frozenset()
-    return np.concatenate(parts)
+    return np.concatenate(parts)[~session.ledger.column("added")[start:]]
 
 
 def context_recovered(none: float, anchored: float, full: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ class Rows:
     path: Path
     fields: dict[str, type | tuple[type, ...]]
     skip_bad: bool = False
+    check: Callable[[Row], str] = lambda row: ""
+    """What is wrong with a row that has all its fields, "" for nothing."""
     bad: list[str] = field(default_factory=list)
     """What was wrong with the rows passed over, "file:line: …"."""
 
@@ -73,7 +75,7 @@ class Rows:
                 return {}, f"the field '{name}' is {type(row[name]).__name__}, not {names}"
             if row[name] == "" or row[name] == []:
                 return {}, f"the field '{name}' is empty"
-        return row, ""
+        return row, self.check(row)
 
 
 def find(data: Path, name: str) -> Path:

@@ -22,6 +22,11 @@ class Way:
     adapter: bool = True
 
     @property
+    def full(self) -> str:
+        """Name of the full cache of the same weights: the yardstick."""
+        return FULL if self.adapter else BASE
+
+    @property
     def ground(self) -> Way:
         """The same weights, sinks, recent window and segments, and no memory beyond them: what anchors start from."""
         policy = self.policy

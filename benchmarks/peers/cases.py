@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anchorkv.engines.base import Engine, Tokenizer
+from anchorkv.evaluate.asking import asking
 from anchorkv.evaluate.metrics import f1
 from anchorkv.evaluate.passages import question_set
 from anchorkv.evaluate.rows import Rows, find
 from anchorkv.evaluate.tasks.needle import Needle, numbers
-from anchorkv.evaluate.tasks.reading import asking
 from anchorkv.prompt import Prompt
 
 CONTINUATION, READING, NEEDLE = "continuation", "reading", "needle"
