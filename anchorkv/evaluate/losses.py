@@ -59,7 +59,8 @@ def answer_losses(session: Session, tokens: Sequence[int]) -> Floats:
         session.read(tokens)
     finally:
         session.observe, session.observe_needs = None, frozenset()
-    return np.concatenate(parts)[~session.ledger.column("added")[start:]]
+    losses: Floats = np.concatenate(parts)[~session.ledger.column("added")[start:]]
+    return losses
 
 
 def context_recovered(none: float, anchored: float, full: float) -> float:

@@ -281,7 +281,8 @@ def train(
     with arguments.main_process_first(local=False):
         last = _resumable(settings, out, processes) if resume else None
     set_seed(settings.seed)  # the adapter's first weights are drawn
-    knows_anchor = AC in engine.tokenizer.hf.get_vocab()
+    tokenizer: Any = engine.tokenizer
+    knows_anchor = AC in tokenizer.hf.get_vocab()
     anchor = give_anchor(engine) if _needs_anchor(settings) else None
     model = with_adapter(engine.model, settings, anchor)
     if anchor is not None and settings.start is None and not knows_anchor:

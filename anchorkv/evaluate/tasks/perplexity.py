@@ -196,7 +196,7 @@ class Perplexity:
 
     def _row(self, text: str, way: Way, reads: dict[str, list[Record]]) -> Row:
         mine = reads[way.name]
-        full, base = reads.get(_full_of(way)), reads.get(BASE)
+        full, base = reads.get(way.full), reads.get(BASE)
         ground = ground_of(way)
         none = reads.get(ground.name) if ground is not None else None
         row: Row = {
@@ -234,12 +234,12 @@ class Perplexity:
         for text in _texts(records):
             parts = []
             for way in ways:
-                mine, full = (_of_text(records, name, text) for name in (way.name, _full_of(way)))
+                mine, full = (_of_text(records, name, text) for name in (way.name, way.full))
                 both = [item for item in mine if item in full]
                 if both:
                     ours, theirs = (_scored(side[item] for item in both) for side in (mine, full))
                     part = f"{way.name} {perplexity(ours):.2f}"
-                    parts.append(part if way.name == _full_of(way) else f"{part} ({ratio(ours, theirs):.3f}×)")
+                    parts.append(part if way.name == way.full else f"{part} ({ratio(ours, theirs):.3f}×)")
             said += [f"{text}: {', '.join(parts)}"] if parts else []
         return " · ".join(said)
 
@@ -261,10 +261,6 @@ def ratio(blocks: Numbers, others: Numbers) -> float:
 
 def recovered(none: Numbers, anchored: Numbers, full: Numbers) -> float:
     return context_recovered(perplexity(none), perplexity(anchored), perplexity(full))
-
-
-def _full_of(way: Way) -> str:
-    return FULL if way.adapter else BASE
 
 
 def _marks(length: int) -> list[int]:
