@@ -184,6 +184,21 @@ def test_sharing_changes_no_score(tiny: LlamaEngine, policy: AnchorConfig) -> No
     lm.close()
 
 
+@pytest.mark.parametrize("policy", [preset("full"), ANCHORED, ADDED], ids=["full", "anchored", "added"])
+def test_sharing_changes_no_score_on_pytorch(policy: AnchorConfig) -> None:
+    pytest.importorskip("torch")
+    from tiny import tiny_model, tiny_tokenizer
+
+    from anchorkv.engines.torch import TorchEngine
+    from anchorkv.engines.torch_tokenizer import TorchTokenizer
+
+    engine = TorchEngine(tiny_model(), TorchTokenizer(tiny_tokenizer()), batch=32)
+    together = lm_of(engine, policy).loglikelihood(ask(REQUESTS[:4]))
+    one_by_one = lm_of(engine, policy, reread=True).loglikelihood(ask(REQUESTS[:4]))
+    assert [score for score, _ in together] == pytest.approx([score for score, _ in one_by_one], abs=1e-3)
+    assert [greedy for _, greedy in together] == [greedy for _, greedy in one_by_one]
+
+
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_scores_are_those_of_the_continuation_alone(tiny: LlamaEngine, policy: AnchorConfig) -> None:
     """Added anchors are neither predicted nor scored, however many segments end within a continuation."""
