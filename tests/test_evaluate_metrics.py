@@ -75,7 +75,8 @@ def test_rouge_is_the_librarys() -> None:
 
 
 def test_without_the_library_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    for name in ("rouge_score", "rouge_score.rouge_scorer"):
+        monkeypatch.setitem(sys.modules, name, None)
     rouge_scorer.cache_clear()
     with pytest.raises(ConfigError, match=r"pip install 'anchorkv\[eval\]'"):
         rouge("a", "b")

@@ -285,7 +285,8 @@ def test_summaries_without_the_library_are_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "long/qmsum.test.jsonl", [{"text": "A: So.", "queries": [{"query": "What?", "answer": "So."}]}])
-    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    for name in ("rouge_score", "rouge_score.rouge_scorer"):
+        monkeypatch.setitem(sys.modules, name, None)
     rouge_scorer.cache_clear()
     with pytest.raises(ConfigError, match=r"anchorkv\[eval\]"):
         Reading(data=tmp_path, sets=("qmsum",)).items()
