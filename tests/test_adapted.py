@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from anchorkv import models, shipped
 from anchorkv.adapted import adapted
 from anchorkv.config import AnchorConfig
 from anchorkv.errors import ModelError
+from anchorkv.evaluate.losses import read_losses
 from anchorkv.export import POLICY_FILE, SCORER_FILE
 from anchorkv.shipped import FOLDER, KNOWN
 
@@ -95,7 +95,6 @@ def test_the_real_one_is_small_is_the_built_in_models_and_helps(
     assert sum(file.stat().st_size for file in folder.iterdir()) < 25e6
     assert AnchorConfig.load(folder / POLICY_FILE) == anchorkv.preset("default")
     assert json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    quality = importlib.import_module("quality")
     ratios = {}
     for with_adapter in (True, False):
         with anchorkv.load(adapter=with_adapter) as model:
@@ -104,7 +103,7 @@ def test_the_real_one_is_small_is_the_built_in_models_and_helps(
                 (Path(__file__).parent.parent / "examples" / "english.txt").read_text(encoding="utf-8")
             )[:2048]
             means = {
-                name: quality.losses(model.engine, policy.replace(recall="off"), tokens)[0][512:].mean()
+                name: read_losses(model.engine, policy.replace(recall="off"), tokens).losses[512:].mean()
                 for name, policy in {"full": anchorkv.preset("full"), "anchored": anchorkv.preset("default")}.items()
             }
             ratios[with_adapter] = means["anchored"] - means["full"]
