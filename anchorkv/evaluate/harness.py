@@ -236,7 +236,7 @@ class AnchorLM(TemplateLM):  # type: ignore[misc]  # lm-eval is optional, and un
             logits = next_logits(session)
             return -surprise_of(logits, answer[0]), int(np.argmax(logits)) == answer[0]
         with session.fork() as fork:
-            losses = _losses(fork, answer)
+            losses = answer_losses(fork, answer)
         return -float(losses.sum(dtype=np.float64)), self._greedy and _is_greedy(session, answer, losses)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -255,7 +255,7 @@ class AnchorLM(TemplateLM):  # type: ignore[misc]  # lm-eval is optional, and un
     def _predicted(self, before: Sequence[int], tokens: Sequence[int]) -> float:
         with Session(self.model.engine, self.way.policy) as session:
             session.read(before)
-            return -float(_losses(session, tokens).sum(dtype=np.float64))
+            return -float(answer_losses(session, tokens).sum(dtype=np.float64))
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
@@ -286,13 +286,6 @@ class AnchorLM(TemplateLM):  # type: ignore[misc]  # lm-eval is optional, and un
                 break
         answer: str = postprocess_generated_text(text, stops, None)
         return answer
-
-
-def _losses(session: Session, tokens: Sequence[int]) -> Floats:
-    """-log p [n] of `tokens`, which `session` reads; anchors added in between are neither predicted nor scored."""
-    start = len(session.ledger)
-    losses = answer_losses(session, tokens)
-    return losses[~session.ledger.column("added")[start:]] if len(losses) > len(tokens) else losses
 
 
 def _is_greedy(session: Session, answer: Sequence[int], losses: Floats) -> bool:

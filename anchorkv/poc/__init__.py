@@ -1,0 +1,1 @@
+"""The proof of concept: from a folder of documents to a decision."""
