@@ -27,7 +27,7 @@ from anchorkv.errors import ConfigError
 from anchorkv.evaluate.run import Task
 from anchorkv.evaluate.ways import FULL, WINDOW, Way, ways
 from anchorkv.models import EngineName
-from anchorkv.train.sources import library
+from anchorkv.optional import library
 
 TASKS = {
     "perplexity": "anchorkv.evaluate.tasks.perplexity:Perplexity",

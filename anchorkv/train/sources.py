@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
-import importlib
 import io
 import json
 import lzma
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anchorkv.errors import DataError
+from anchorkv.optional import library
 
 KINDS = "jsonl, txt, md or parquet, plain or as .gz, .bz2, .xz or .zst"
 LINE = 50_000_000
@@ -322,15 +322,6 @@ def _hub(source: Source) -> Iterator[Text]:
         if row is None:
             return
         yield Text(_field(row, source.field, where), where)
-
-
-def library(name: str, what: str) -> Any:
-    """The optional module `name`, which reads `what`. Raises DataError with the command that installs it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = {"yaml": "pyyaml"}.get(name, name.split(".", maxsplit=1)[0])
-        raise DataError(f"Reading {what} needs {package}, which is not installed: pip install {package}.") from None
 
 
 # --- recipes -------------------------------------------------------------------------------------------------------

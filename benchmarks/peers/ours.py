@@ -1,7 +1,7 @@
 """anchorkv's own side of the comparison, and the peers that need nothing but llama.cpp.
 
-Each method reads a case's context with `budget` cells left of it in the end, then goes on as a user would: it predicts
-the continuation (cells go on being dropped), or answers the question.
+Each method reads a case's context with at most `budget` cells left of it in the end, recalled ones counted, and then
+predicts the continuation, which stays whole as it does for the other methods, or answers the question.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from anchorkv.session import Session
 from anchorkv.shipped import adapter_folder
 
 Result = dict[str, Any]
+WHOLE = preset("full").recent_window
+"""A recent window that never ends: nothing leaves it."""
 
 
 @dataclass
@@ -66,24 +69,39 @@ class Method:
     """Those it can do; all where empty."""
 
 
-def own(reduction: float, **changes: Any) -> AnchorConfig:
-    """The default policy at this reduction. Within its window nothing else bounds the cells."""
-    fields = {"reduction": reduction, "recall": "off", "cell_budget": None, **changes}
-    return anchorkv.preset("default").replace(**fields)
+def own(budget: int, tokens: int, **changes: Any) -> AnchorConfig:
+    """The default policy with `budget` cells of a context of `tokens`; where it recalls, half of them are for that."""
+    recalled = budget // 2 if changes.get("recall", "off") != "off" else 0
+    fields = {"reduction": max(1.01, tokens / (budget - recalled)), "recall": "off", "recall_cells": recalled}
+    # Within the model's window nothing else bounds the cells; the opening is no more than any other text to the peers.
+    return anchorkv.preset("default").replace(**{**fields, "cell_budget": None, "pin_prompt": False, **changes})
 
 
 def anchored(
-    policy: Callable[[float], AnchorConfig], adapter: bool = True, kv_type: str = "f16"
+    policy: Callable[[int, int], AnchorConfig], adapter: bool = True, kv_type: str = "f16", thin: bool = False
 ) -> Callable[[Engines, Case, float], Result]:
-    """A policy of this package, on the engine that users run."""
+    """A policy of this package, on the engine that users run. It is told the cells there are and the context's tokens.
+
+    thin: the continuation's own cells are dropped as well, as they are at work; the peers keep it whole.
+    """
 
     def run(engines: Engines, case: Case, reduction: float) -> Result:
-        engine = engines.get(adapter, kv_type)
+        engine, tokens = engines.get(adapter, kv_type), len(case.context)
+        config = policy(round(tokens / (reduction or 1)), tokens)
         if case.task == CONTINUATION:
-            return _continue(engine, policy(reduction), case.context, case.continuation)
-        return _answer(engine, policy(reduction), case)
+            return _continue(engine, config, case.context, case.continuation, thin)
+        return _answer(engine, config, case)
 
     return run
+
+
+def _compress(session: Session) -> None:
+    """The context ends: its newest text gives up its cells too, so that exactly the budget is left."""
+    window = session.config.recent_window
+    if window < WHOLE:
+        session.config = session.config.replace(recent_window=0)
+        session.end_segment()
+        session.config = session.config.replace(recent_window=window)
 
 
 def truncated(engines: Engines, case: Case, reduction: float) -> Result:
@@ -118,15 +136,21 @@ def retrieved(engines: Engines, case: Case, reduction: float) -> Result:
     return {**found, "prefill_seconds": found["prefill_seconds"] + looked}
 
 
-def _continue(engine: Engine, policy: AnchorConfig, context: Sequence[int], more: Sequence[int]) -> Result:
+def _continue(
+    engine: Engine, policy: AnchorConfig, context: Sequence[int], more: Sequence[int], thin: bool = False
+) -> Result:
     with Session(engine, policy) as session:
         started = time.perf_counter()
         session.read(context)
+        _compress(session)
         middle = time.perf_counter()
         accounting = session.accounting()
+        if not thin:  # nothing leaves a recent window that never ends
+            session.config = session.config.replace(recent_window=WHOLE)
         losses = answer_losses(session, more)
         return {
-            "losses": losses.tolist(), "kept_cells": accounting.kept_cells, "kv_bytes": accounting.kept_bytes,
+            "losses": losses.tolist(), "end_cells": session.accounting().kept_cells,
+            "kept_cells": accounting.kept_cells, "kv_bytes": accounting.kept_bytes,
             "peak_bytes": accounting.peak_bytes, "prefill_seconds": middle - started,
             "decode_seconds": time.perf_counter() - middle, "decode_tokens": len(more),
         }
@@ -134,6 +158,7 @@ def _continue(engine: Engine, policy: AnchorConfig, context: Sequence[int], more
 
 def _answer(engine: Engine, policy: AnchorConfig, case: Case, text: str | None = None) -> Result:
     with Document.read(engine, policy, case.text if text is None else text) as document:
+        _compress(document.session)
         answer = document.ask(case.question, max_tokens=case.max_tokens)
         cells = document.accounting().kept_cells + answer.recalled_cells  # what recall brings back counts
         steps = max(1, answer.tokens - 1)
@@ -145,20 +170,31 @@ def _answer(engine: Engine, policy: AnchorConfig, case: Case, text: str | None =
         }
 
 
+def _full(budget: int, tokens: int) -> AnchorConfig:
+    return preset("full")
+
+
 METHODS: dict[str, Method] = {
-    "full (llama.cpp)": Method(anchored(lambda _: preset("full"), adapter=False), "f16 cells, nothing dropped", True),
-    "full + adapter": Method(anchored(lambda _: preset("full")), "the adapter's own yardstick", True),
-    "q8_0 cells": Method(anchored(lambda _: preset("full"), False, "q8_0"), "stock llama.cpp, flash attention", True),
-    "q4_0 cells": Method(anchored(lambda _: preset("full"), False, "q4_0"), "stock llama.cpp, flash attention", True),
+    "full (llama.cpp)": Method(anchored(_full, adapter=False), "f16 cells, nothing dropped", True),
+    "full + adapter": Method(anchored(_full), "the adapter's own yardstick", True),
+    "q8_0 cells": Method(anchored(_full, False, "q8_0"), "stock llama.cpp, flash attention", True),
+    "q4_0 cells": Method(anchored(_full, False, "q4_0"), "stock llama.cpp, flash attention", True),
     "anchorkv": Method(anchored(own), "default, shipped adapter and scorer, recall off"),
     "anchorkv, no adapter": Method(anchored(own, adapter=False), "the base model's own weights, shipped scorer"),
+    "anchorkv, thinning on": Method(
+        anchored(own, thin=True), "the continuation's cells are dropped too: far fewer cells at its end",
+        tasks=(CONTINUATION,),
+    ),
     "anchorkv, recall auto": Method(
-        anchored(lambda r: own(r, recall="auto")), "recalled cells counted", tasks=("reading", "needle"),
+        anchored(partial(own, recall="auto")), "half the cells are for recall", tasks=("reading", "needle"),
     ),
     "anchorkv + q8_0 cells": Method(anchored(own, kv_type="q8_0"), "both at once"),
-    "newest text whole": Method(anchored(lambda r: newest_whole(own(r)), adapter=False), "sinks and the newest tokens"),
+    "newest text whole": Method(
+        anchored(lambda budget, tokens: newest_whole(own(budget, tokens)), adapter=False),
+        "sinks and the newest tokens",
+    ),
     "SepLLM": Method(
-        anchored(lambda _: anchorkv.preset("sepllm").replace(cell_budget=None), adapter=False),
+        anchored(lambda budget, tokens: anchorkv.preset("sepllm").replace(cell_budget=None), adapter=False),
         "preset sepllm (arXiv 2412.12094), without training; its reduction is its own", True,
     ),
     "truncation": Method(truncated, "the newest tokens, read afresh"),

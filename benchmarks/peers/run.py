@@ -201,6 +201,8 @@ def _figures(task: str, mine: dict[str, Record], full: dict[str, Record]) -> Rec
     cells = sum(record["cells"] for record in mine.values())
     kept = sum(record["kept_cells"] for record in mine.values())
     row |= {"reduction": cells / kept, "kv_bytes": float(np.mean([record["kv_bytes"] for record in mine.values()]))}
+    if task == CONTINUATION:
+        row["end_cells"] = float(np.mean([record["end_cells"] for record in mine.values()]))
     # What follows a continuation's context is read at once by some and not by others: that is no decoding.
     for name, amount in (("prefill", "cells"), *([("decode", "decode_tokens")] if task != CONTINUATION else [])):
         row[f"{name}_tok_s"] = _speed([mine[item] for item in shared], name, amount)

@@ -10,6 +10,7 @@
 Every answer has the job's "id" and
     "kept_cells": cells after `context`, the mean over layers and KV heads, counted in the cache's own tensors,
     "kv_bytes": those cells as if they were stored in f16,
+    "end_cells": the same when everything has been read (for "continuation"),
     "prefill_seconds": of reading and compressing, "decode_seconds" of what was read after it (for "generate" of the
     answer's own tokens, one at a time), "decode_tokens": how many those were,
 or "error", one sentence. What follows a context has its original positions, as in kvpress' pipeline.
@@ -156,7 +157,9 @@ def continuation(model: Any, context: Context, job: dict[str, Any]) -> dict[str,
     losses = torch.nn.functional.cross_entropy(torch.cat(rows), torch.tensor(ids), reduction="none").tolist()
     if not all(math.isfinite(loss) for loss in losses):
         raise JobError("A loss is no finite number.")
-    return {"losses": losses, "decode_seconds": seconds, "decode_tokens": len(ids) - 1}
+    return {
+        "losses": losses, "end_cells": context.kept_cells(), "decode_seconds": seconds, "decode_tokens": len(ids) - 1,
+    }
 
 
 def generate(model: Any, context: Context, job: dict[str, Any]) -> dict[str, Any]:
