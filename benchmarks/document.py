@@ -143,7 +143,7 @@ TOKENS, RECOVERED = ("tokens", "context", ","), ("recovered", "context_recovered
 PREFILL, DECODE = ("to full", "prefill_ratio", "{:.2f}×"), ("to full", "decode_ratio", "{:.2f}×")
 PEERS = (
     ("method", "method", ""), ("asked", "requested", "{:g}×"), KEPT, ("KV cache", "kv_bytes", mib),
-    ("cells at the end", "end_cells", "{:.0f}"),
+    ("cells at the end", "end_cells", ".0f"),
     ("score", "score", ".3f"), TO_FULL, ("gain", "difference", "+.3f"),
     ("prefill tok/s", "prefill_tok_s", ".0f"), PREFILL, ("decode tok/s", "decode_tok_s", ".1f"), DECODE,
 )

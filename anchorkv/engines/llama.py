@@ -48,11 +48,15 @@ class LlamaEngine:
             raise ModelError(f"KV cells are stored as {', '.join(_KV_TYPES)}, not {kv_type}.")
         if kv_type != "f16" and not flash_attention:
             flash_attention = True  # llama.cpp quantises V only there
-        self.batch = batch
+        self.path, self.batch = path, batch
         self._model = open_model(path, gpu_layers)
         self._options = (threads or len(os.sched_getaffinity(0)), sessions + _FIRST, flash_attention, kv_type)
         self._context: Any = None
-        self._open_context(cells)
+        try:
+            self._open_context(cells)
+        except CapacityError:
+            llama_cpp.llama_model_free(self._model)
+            raise
         self._batch = _Batch(batch)
         self._free_sequences = list(range(sessions + _FIRST - 1, _FIRST - 1, -1))
         self.info: ModelInfo = describe(self._model, path, self._measure_cell())

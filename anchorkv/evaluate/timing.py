@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from anchorkv.adapted import adapted
 from anchorkv.config import AnchorConfig
 from anchorkv.engines.base import Engine, Ints, Memory
 from anchorkv.errors import ModelError
@@ -24,10 +23,9 @@ from anchorkv.evaluate.run import Models
 from anchorkv.evaluate.statistics import Estimate, Numbers, bootstrap
 from anchorkv.evaluate.ways import Way
 from anchorkv.ledger import Accounting
-from anchorkv.models import DEFAULT, _download, builtin
+from anchorkv.models import DEFAULT
 from anchorkv.recall import RecallPlan
 from anchorkv.session import Session, next_logits
-from anchorkv.shipped import adapter_folder
 
 if TYPE_CHECKING:
     from anchorkv.engines.llama import LlamaEngine
@@ -130,14 +128,11 @@ def own_engine(models: Models, way: Way, **options: Any) -> Iterator[Engine]:
 
 
 def weights_file(models: Models, way: Way) -> Path:
-    """The GGUF file that `models.of(way)` was loaded from."""
-    if models.name is not None:
-        named = Path(models.name).expanduser()
-        return named if named.is_file() else _download(models.name)
-    from anchorkv.engines.llama_file import fast_copy
-
-    brought = adapter_folder(DEFAULT) if way.adapter else None
-    return adapted(builtin(), brought) if brought else fast_copy(builtin())
+    """The GGUF file that `way` runs on. Raises ModelError for an engine that has none."""
+    path = getattr(models.of(way).engine, "path", None)
+    if path is None:
+        raise ModelError(f"{models.name or DEFAULT} does not run from a GGUF file.")
+    return Path(path)
 
 
 # --- sides ---------------------------------------------------------------------------------------------------------

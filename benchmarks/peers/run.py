@@ -86,8 +86,17 @@ class Worker:
         self._process.wait()
 
 
-def wanted(reductions: Sequence[float], tasks: Sequence[str]) -> Iterator[tuple[str, float, str]]:
-    """(method, reduction, task) of everything to be measured; 0 for a method whose reduction is its own."""
+def wanted(
+    reductions: Sequence[float], tasks: Sequence[str], names: Sequence[str] = ()
+) -> Iterator[tuple[str, float, str]]:
+    """(method, reduction, task) of everything to be measured; 0 for a method whose reduction is its own.
+
+    names: the methods; all of them where empty."""
+    every = _every(reductions, tasks)
+    return (job for job in every if job[0] in names) if names else every
+
+
+def _every(reductions: Sequence[float], tasks: Sequence[str]) -> Iterator[tuple[str, float, str]]:
     for task in tasks:
         for name, method in ours.METHODS.items():
             if not method.tasks or task in method.tasks:
@@ -247,6 +256,8 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=20)
     parser.add_argument("--passages", type=int, default=11, help="in one text: about 170 tokens each")
     parser.add_argument("--needles", type=int, default=10)
+    parser.add_argument("--methods", nargs="+", choices=[TORCH_FULL, *ours.METHODS, *(set(PEERS) - {"full"})],
+                        default=[], metavar="NAME", help="only these; all without it")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-peers", action="store_true", help="leave out what needs an environment of its own")
     caches = Path(platformdirs.user_cache_path("anchorkv"))
@@ -254,7 +265,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=caches / "peers-run", help="what has been measured")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "peers.json")
     options = parser.parse_args()
-    jobs = list(wanted(options.reductions, options.tasks))
+    jobs = list(wanted(options.reductions, options.tasks, options.methods))
     python, failed = None, ""
     if not options.no_peers:
         try:
