@@ -38,6 +38,9 @@ PERIOD = b"."
 """The only token that ends a segment of the kind "period", in numbers and abbreviations too: the paper's training went
 by this one id, so " ." and "..." are no ends either."""
 
+CJK = "\u2e80"
+"""From here on characters are wide, and often several tokens each."""
+
 PAIRS = dict(zip('([（［「『【〔《〈“„«"', ')]）］」』】〕》〉”“»"', strict=True))
 MARKS = frozenset(PAIRS) | frozenset(PAIRS.values())
 
@@ -102,10 +105,27 @@ def _core(line: str) -> tuple[str, bool]:
     return line[:start], start < end
 
 
+def in_passing(line: str, at: int) -> bool:
+    """Whether the bracket that closes right after the stop before `at` was opened within a sentence: what stands in it,
+    such as a contract's （以下「本件」という。）, is said in passing, and the sentence goes on."""
+    if line[at] not in ")）":
+        return False
+    opened, depth = at, 0
+    while opened >= 0:
+        depth += (line[opened] in ")）") - (line[opened] in "(（")
+        if not depth:
+            break
+        opened -= 1
+    before = line[: max(0, opened)].rstrip()
+    return bool(before) and before[-1] not in TERMINATORS and before[-1] not in CLOSERS
+
+
 def sentence_ends(line: str, line_break: bool = False) -> bool:
     """Whether the text of `line`, as far as it was read, ends with the end of a sentence. Ignores what is open."""
     core, closed = _core(line)
     if not core or core[-1] not in TERMINATORS or line.endswith("__") or looks_like_code(line):
+        return False
+    if closed and in_passing(line, len(core)):
         return False
     if core[-1] in STOPS:
         return stop_ends(core[:-1], closed or line_break)
@@ -159,7 +179,7 @@ def is_fence(line: str) -> bool:
 
 
 def _columns(line: str) -> int:
-    return len(line) + sum(char >= "\u2e80" for char in line)
+    return len(line) + sum(char >= CJK for char in line)
 
 
 def line_stands_alone(line: str) -> bool:
@@ -201,7 +221,7 @@ def follow_mark(open_marks: str, mark: str, previous: str) -> str:
     """
     if mark in open_marks:
         return open_marks[: open_marks.rindex(mark)]
-    if mark == '"' and (previous in _BEFORE_CLOSING or (previous.isalnum() and previous < "\u2e80")):
+    if mark == '"' and (previous in _BEFORE_CLOSING or (previous.isalnum() and previous < CJK)):
         return open_marks
     return open_marks + PAIRS.get(mark, "")
 
@@ -336,8 +356,8 @@ class Segmenter:
         """Whether the segment may end after the token that brought `text`; parts: it completed a character."""
         if self._length < self._min or self._pending:
             return False
-        if parts and self._length > self._max - 3:
-            return True  # the next character may be three tokens too: a forced cut would split it
+        if (parts or text[-1:] >= CJK) and self._length > self._max - 3:
+            return True  # the next character may be three tokens: a forced cut would split it
         if self._kind == "separator":
             return self.at_separator
         if not self._content:
@@ -357,7 +377,7 @@ def _classify(data: bytes) -> _Piece:
     except UnicodeDecodeError:
         return _Piece(data, "", False)
     last = text.rstrip()[-1:]
-    ending = last in _ENDINGS or text[-1:] in SEPARATORS
+    ending = last in _ENDINGS or last >= CJK or text[-1:] in SEPARATORS
     return _Piece(data, text, not ending and "\n" not in text and MARKS.isdisjoint(text))
 
 

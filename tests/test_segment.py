@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchorkv.config import AnchorConfig, preset
-from anchorkv.segment import Segmenter, split
+from anchorkv.segment import Segmenter, sentence_ends, split
 
 FREE = AnchorConfig(min_segment=1, max_segment=200)
 SMALL = AnchorConfig(min_segment=4, max_segment=12)
@@ -186,6 +186,24 @@ def test_endless_line_gives_full_segments() -> None:
 
 def test_forced_cut_falls_between_characters() -> None:
     assert cut(by_byte("日本語日本語日本語"), SMALL.replace(max_segment=11)) == ["日本語", "日本語", "日本語"]
+
+
+def test_forced_cut_never_splits_a_character_after_whole_ones() -> None:
+    pieces = Pieces()
+    whole, parts = ["宿泊費を".encode()] * 10, [bytes([byte]) for byte in "次".encode()]
+    config = AnchorConfig(min_segment=4, max_segment=12)
+    for before in range(8, 11):
+        tokens = pieces.encode([*whole[:before], *parts, *parts])
+        for segment in split(tokens, config, pieces):
+            b"".join(pieces(token) for token in segment).decode()
+
+
+def test_what_a_bracket_says_in_passing_does_not_end_the_sentence() -> None:
+    assert not sentence_ends("出張者に適用する旅費規程（以下、「規程」という。）")
+    assert sentence_ends("規程は次のとおり。（注を見よ。次も。）")
+    assert sentence_ends("（注を見よ。次も。）")
+    assert not sentence_ends("He went (by train.)")
+    assert sentence_ends("He went. (By train.)")
 
 
 def test_nearly_full_segment_ends_at_a_clause() -> None:
