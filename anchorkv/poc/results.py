@@ -48,8 +48,8 @@ class ModelFacts(Part):
 class Thresholds(Part):
     """What an area must reach to be adopted. Each KPI is compared with its one limit."""
 
-    memory_reduction: float = Field(5.0, gt=1, description="cells of the full cache per cell kept at the end, at least")
-    speed_ratio: float = Field(1.0, gt=0, description="tokens/s while writing against the full cache, at least")
+    memory_reduction: float = Field(3.0, gt=1, description="cells of the full cache per cell kept at the end, at least")
+    speed_ratio: float = Field(0.9, gt=0, description="tokens/s while writing against the full cache, at least")
     quality_share: float = Field(0.95, gt=0, le=1, description="right answers as a share of the full cache's, at least")
     perplexity_ratio: float = Field(1.25, ge=1, description="perplexity against the full cache, at most")
     agreement: float = Field(0.6, ge=0, le=1, description="answers that equal the full cache's, at least")
@@ -74,6 +74,7 @@ class Speed(Part):
     prefill_ratio: Figure
     decode_ratio: Figure
     first_token_ratio: Figure
+    length: int = Field(default=0, description="tokens read when it was timed, the mean of documents; 0: not timed")
 
 
 class Answering(Part):
@@ -87,7 +88,7 @@ class Answering(Part):
 
 
 class WayResult(Part):
-    """One way of running (a policy with a recall mode) on one document or area. The first of a list is the full cache."""
+    """A policy with a recall mode, on one document or area. The first of a list is the full cache."""
 
     policy: str = Field(description='name of the policy; "full" is the yardstick')
     recall: RecallMode
@@ -108,6 +109,9 @@ class Reason(Part):
     stderr: float | None = None
     limit: float
     passed: bool | None
+    part: Literal["", "prefill", "first_token"] = Field(
+        default="", description="of speed: what besides writing is below the limit; told, and not part of the verdict"
+    )
 
 
 class Verdict(Part):
@@ -129,6 +133,12 @@ class Features(Part):
     redundancy: float = Field(description="share of the text that compression removes")
     repeated_names: float = Field(description="share of names and numbers that occurred before in the text")
     rare_words: float = Field(description="share of words that the tokenizer cuts into three pieces or more")
+    returning_terms: float = Field(
+        default=0.0, description="share of words that are no common ones and stood before, but not lately"
+    )
+    returning_phrases: float = Field(
+        default=0.0, description="share of words that end a run of three which stood before, but not lately"
+    )
     japanese: float = Field(description="share of letters that are kana or kanji")
     language: str
 
@@ -139,7 +149,10 @@ class Suitability(Part):
     expected_ratio: float = Field(description="perplexity ratio to the full cache with the default policy")
     error: float = Field(description="standard error of the prediction, as a factor's logarithm")
     level: Literal["good", "fair", "poor"]
-    drivers: tuple[str, ...] = Field(description="names of the features that speak most for or against, strongest first")
+    drivers: tuple[str, ...] = Field(description="the features that speak most for or against, strongest first")
+    effects: tuple[float, ...] = Field(
+        default=(), description="what each driver multiplies the expected ratio by; above 1 speaks against anchors"
+    )
     outside: bool = Field(False, description="the text is unlike all that the model was fitted on")
 
 
@@ -204,7 +217,7 @@ class CapacityRow(Part):
 
 class Capacity(Part):
     inputs: dict[str, Any] = Field(description="fields of capacity.CapacityInputs")
-    models: tuple[dict[str, Any], ...] = Field(description="fields of capacity.ModelShape: what the page can choose from")
+    models: tuple[dict[str, Any], ...] = Field(description="fields of capacity.ModelShape: the page's choice")
     rows: tuple[CapacityRow, ...]
 
 
@@ -259,4 +272,6 @@ class PocReport(Part):
         try:
             return cls.model_validate_json(text)
         except ValueError:
-            raise SavedStateError(f"{path} is no report.json of this version of anchorkv; run anchorkv poc again.") from None
+            raise SavedStateError(
+                f"{path} is no report.json of this version of anchorkv; run anchorkv poc again."
+            ) from None
