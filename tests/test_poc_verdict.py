@@ -116,7 +116,7 @@ def test_where_nothing_passes_it_is_about_what_fails_least() -> None:
 
 def test_too_few_questions_are_shown_and_not_judged() -> None:
     found = verdict([FULL, way(share=0.1, agreement=0.1)], LIMITS, 4)
-    assert found.kind == "adopt"  # perplexity tells of quality
+    assert found.kind == "not_enough_data"  # perplexity alone does not tell whether answers hold
     judged = {reason.kpi: reason.passed for reason in found.reasons}
     assert judged == {"memory": True, "speed": True, "quality": None, "perplexity": True, "agreement": None}
     assert found.reasons[2].value == 0.1

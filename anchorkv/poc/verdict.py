@@ -13,16 +13,18 @@ from anchorkv.poc.results import Figure, Kpi, Reason, Thresholds, Verdict, Verdi
 MILDEST = ("off", "auto", "on")
 """Recall modes, the one that costs least first."""
 QUALITY: tuple[Kpi, ...] = ("quality", "perplexity", "agreement")
-"""Of these at least one must have been judged."""
+"""What tells whether answers hold."""
+NEEDED: tuple[Kpi, ...] = ("memory", "quality")
+"""Without these an area is never adopted: perplexity alone does not tell whether answers hold."""
 
 
 def verdict(ways: Sequence[WayResult], thresholds: Thresholds, questions: int) -> Verdict:
     """ways: of one area, the full cache first. questions: asked in it.
 
     adopt: all KPIs pass without recall, or with recall that had nothing to bring back. adopt_with_recall: they pass
-    with recall alone. do_not_use: nothing passes. not_enough_data: nothing tells of quality. The mildest recall that
-    passes is taken, and of several policies the one that keeps fewest cells; where nothing passes, the one that fails
-    least.
+    with recall alone. do_not_use: some KPI is missed in every way. not_enough_data: none is missed, but too little
+    could be judged, as when the full cache itself answers nothing. The mildest recall that passes is taken, and of
+    several policies the one that keeps fewest cells; where nothing passes, the one that fails least.
     """
     tried = [(way, reasons(way, thresholds, questions)) for way in ways[1:]]
     if not tried:
@@ -33,7 +35,7 @@ def verdict(ways: Sequence[WayResult], thresholds: Thresholds, questions: int) -
         kind: VerdictKind = "adopt" if _mildness(way) == 0 else "adopt_with_recall"
     else:
         way, why = min(tried, key=lambda found: (failed(found[1]), _mildness(found[0]), -_reduction(found[0])))
-        kind = "do_not_use" if any(_judged(why) for _, why in tried) else "not_enough_data"
+        kind = "do_not_use" if failed(why) else "not_enough_data"
     return Verdict(kind=kind, policy=way.policy, recall=way.recall, reasons=why)
 
 
@@ -56,18 +58,14 @@ def reasons(way: WayResult, thresholds: Thresholds, questions: int) -> tuple[Rea
 
 
 def passes(found: Sequence[Reason]) -> bool:
-    """Whether no KPI fails, and both memory and quality were judged."""
-    memory = any(reason.kpi == "memory" and reason.passed for reason in found)
-    return memory and _judged(found) and failed(found) == 0
+    """Whether no KPI fails, and those that are needed were judged."""
+    judged = {reason.kpi for reason in found if reason.passed}
+    return judged.issuperset(NEEDED) and failed(found) == 0
 
 
 def failed(found: Sequence[Reason]) -> int:
     """KPIs that are missed."""
     return sum(reason.passed is False and not reason.part for reason in found)
-
-
-def _judged(found: Sequence[Reason]) -> bool:
-    return any(reason.kpi in QUALITY and reason.passed is not None for reason in found)
 
 
 def _at_least(kpi: Kpi, figure: Figure, limit: float, enough: bool = True) -> Reason:
