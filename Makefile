@@ -1,4 +1,4 @@
-# make run    a real document, three questions, anchors beside the full cache (first time: installs into .venv)
+# make run    the proof of concept on the bundled documents, or on yours: make run DOCUMENTS=folder (first time: installs into .venv)
 # make test   style, types and the everyday tests (first time: installs into .venv-test, with CPU PyTorch)
 # make check  style and types alone
 # make bench  the figures of docs/performance.md
@@ -6,13 +6,15 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-SOURCES := $(shell find anchorkv -name '*.py' -o -name '*.j2')
+SOURCES := $(shell find anchorkv -type f -not -name '*.pyc')
+DOCUMENTS ?=
+MINUTES ?= 5
 PIP := -m pip --disable-pip-version-check -qq
 
 .PHONY: run test check bench clean environment
 
 run: .venv/.ready
-	.venv/bin/anchorkv run examples/english.txt --questions examples/questions.txt --compare
+	.venv/bin/anchorkv poc $(DOCUMENTS) --budget-minutes $(MINUTES)
 
 test: check
 	.venv-test/bin/python -m pytest -m "not slow"
@@ -30,7 +32,7 @@ environment: .venv-test/.ready
 .venv/.dependencies: pyproject.toml
 	@echo "Installing into .venv (once; llama.cpp is compiled where there is no wheel for it) ..."
 	@$(PYTHON) -m venv .venv
-	@.venv/bin/python $(PIP) install .
+	@.venv/bin/python $(PIP) install '.[poc]'
 	@touch $@
 
 .venv/.ready: .venv/.dependencies $(SOURCES)

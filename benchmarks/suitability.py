@@ -4,7 +4,7 @@
     python benchmarks/suitability.py --data ../shared/data --fit-only   # fits what was measured so far
 
 Every text is read twice with the same weights, with the full cache and with the model's own policy, recall off. Code,
-headers and reference texts are Python's own, and tables come with matplotlib, so that most machines have the same.
+headers and reference texts are Python's own, and tables come with installed packages: most machines have the same.
 A file that is named test is never read. Measure anew when the adapter changes: records of other weights lie apart.
 Writes results/suitability.json and anchorkv/poc/suitability.json, which the package predicts from.
 """
@@ -14,12 +14,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import json
 import random
+import re
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,16 +31,20 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+import anchorkv
 from anchorkv.engines.base import Tokenizer
 from anchorkv.evaluate.losses import read_losses
 from anchorkv.evaluate.rows import Rows, find
 from anchorkv.evaluate.run import Item, Models, Record, Store, good, run, settings_of
 from anchorkv.evaluate.run import Row as ResultRow
 from anchorkv.evaluate.statistics import mean
-from anchorkv.evaluate.ways import FULL, Way, ways
+from anchorkv.evaluate.ways import Way, ways
 from anchorkv.poc import suitability
 from anchorkv.poc.features import features
+from anchorkv.poc.results import Features
 
+WITH_TABLES = ("bm25s", "charset-normalizer", "datasets", "lm_eval", "more-itertools", "peft", "tabulate", "tqdm")
+"""Packages that come with those of the extra [eval]."""
 LENGTH, UNSCORED, BLOCK = 2048, 512, 128
 """Tokens of a text; those at its start that are not scored; those whose losses are summed to one record's entry."""
 HELD_OUT_BOOKS = 6
@@ -99,11 +104,23 @@ def pools(data: Path) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     yield "reference manual", [(f"pydoc_data:{name}", text) for name, text in sorted(topics.items())]
     if (plots := importlib.util.find_spec("matplotlib")) and plots.origin:
         yield "tables", _files(sorted((Path(plots.origin).parent / "mpl-data" / "sample_data").glob("*.csv")))
-    yield "reports with tables", _files(sorted((ROOT / "docs").glob("*.md")))
+    yield "descriptions with tables", list(_descriptions())
 
 
 def _files(paths: Sequence[Path]) -> list[tuple[str, str]]:
     return [(path.name, path.read_text(encoding="utf-8", errors="replace")) for path in paths if path.is_file()]
+
+
+def _descriptions() -> Iterator[tuple[str, str]]:
+    """The long descriptions of installed packages that have tables, from a little before the first one."""
+    for name in WITH_TABLES:
+        try:
+            text = str(metadata(name).json.get("description", ""))
+        except PackageNotFoundError:
+            continue
+        if first := re.search(r"^\|", text, re.MULTILINE):
+            start = max(0, first.start() - 1000)
+            yield name, text[start : start + 8 * LENGTH]
 
 
 def texts(data: Path, tokenizer: Tokenizer, count: int) -> list[Text]:
@@ -171,12 +188,103 @@ class Suitability:
         full, anchored = (good(records, way) for way in ways)
         rows = []
         for name in [name for name in self.by_id if name in full and name in anchored]:
-            text = self.by_id[name]
+            text, trained_on = self.by_id[name], ROWS.get(self.by_id[name].kind, ("", "", False))[2]
             before, after = (np.asarray(side[name]["blocks"]) / BLOCK for side in (full, anchored))
             rise = mean(after - before)
             rows.append({
-                "kind": text.kind, "source": text.source, "id": name, "trained_on": ROWS.get(text.kind, ("", "", False))[2],
+                "kind": text.kind, "source": text.source, "id": name, "trained_on": trained_on,
                 "full_perplexity": float(np.exp(before.mean())), "ratio": float(np.exp(rise.value)),
                 "log_ratio": rise.value, "log_ratio_stderr": rise.stderr, "reduction": anchored[name]["reduction"],
             })
         return rows
+
+
+def measured(rows: Sequence[ResultRow], tokenizer: Tokenizer, by_id: dict[str, Text]) -> list[ResultRow]:
+    """The rows with their texts' features."""
+    return [{**row, "features": features(by_id[row["id"]].text, tokenizer).model_dump()} for row in rows]
+
+
+def judged(rows: Sequence[ResultRow], fit: suitability.Fit) -> dict[str, Any]:
+    """How good the fit is, by what it expects of kinds that it did not see. Adds "expected" (a ratio) to every row."""
+    kinds = np.asarray([row["kind"] for row in rows])
+    target = np.asarray([row["log_ratio"] for row in rows])
+    vectors = np.stack([suitability.vector(Features(**row["features"])) for row in rows])
+    expected = suitability.left_out(vectors, target, kinds)
+    for row, log_ratio in zip(rows, expected.tolist(), strict=True):
+        row["expected"] = float(np.exp(log_ratio))
+    rest = target - expected
+    groups = [kinds == kind for kind in np.unique(kinds)]
+    means, errors = np.asarray([[values[group].mean() for group in groups] for values in (target, rest)])
+    seen = np.asarray([row["trained_on"] for row in rows])
+    levels = [(suitability.level(row["expected"]), suitability.level(row["ratio"])) for row in rows]
+    return {
+        "error": fit.error, "r2": fit.r2, "penalty": fit.penalty,
+        "weights": dict(zip(fit.names, fit.weights, strict=True)),
+        "usual_ratio": float(np.exp(fit.intercept)), "spread": float(target.std()),
+        "noise": float(np.sqrt(np.mean([row["log_ratio_stderr"] ** 2 for row in rows]))),
+        "error_of_kinds": float(np.sqrt((errors**2).mean())),
+        "r2_of_kinds": suitability.explained(means, means - errors),
+        "median_error": float(np.median(np.abs(rest))),
+        "same_level": float(np.mean([expected == found for expected, found in levels])),
+        "bias_trained_on": float(rest[seen].mean()) if seen.any() else None,
+        "bias_not_trained_on": float(rest[~seen].mean()) if (~seen).any() else None,
+    }
+
+
+def show(rows: Sequence[ResultRow], fit: dict[str, Any]) -> None:
+    table = Table(title=f"perplexity ratio to the full cache, {LENGTH:,} tokens; expected by a fit without the kind")
+    for heading in ("kind", "texts", "ratio", "expected", "level"):
+        table.add_column(heading, justify="left" if heading == "kind" else "right")
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        mine = [row for row in rows if row["kind"] == kind]
+        ratio, expected = (float(np.exp(np.log([row[name] for row in mine]).mean())) for name in ("ratio", "expected"))
+        table.add_row(kind, str(len(mine)), f"{ratio:.3f}", f"{expected:.3f}", suitability.level(ratio))
+    Console().print(table)
+    Console().print({name: value for name, value in fit.items() if not isinstance(value, dict)})
+    Console().print({name: round(value, 4) for name, value in fit["weights"].items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with lm/, long/, ja/ and squad/")
+    parser.add_argument("--texts", type=int, default=3, help="of every kind")
+    parser.add_argument("--fit-only", action="store_true", help="measure nothing; fit what was measured so far")
+    parser.add_argument("--work", type=Path, default=platformdirs.user_cache_path("anchorkv") / "suitability")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "suitability.json")
+    parser.add_argument("--packaged", type=Path, default=ROOT / "anchorkv" / "poc" / suitability.FILE)
+    options = parser.parse_args()
+    with anchorkv.load(threads=1) as loaded:
+        own = loaded.policy
+    with Models(threads=1) as models:
+        both = ways(['default:recall="off"'], own)
+        model = models.of(both[0])
+        task = Suitability(texts(options.data, model.engine.tokenizer, options.texts))
+        info = model.engine.info
+        store = Store(options.work / info.fingerprint[:16], settings_of([task], both, models))
+        if options.fit_only:
+            rows = task.rows(store.of(task.name), both)
+        else:
+            with Progress(console=console, transient=True) as bar:
+                reading = bar.add_task("reading", total=None)
+                rows = run(
+                    [task], both, models, store,
+                    lambda done, total, what: bar.update(reading, completed=done, total=total, description=what),
+                )
+        rows = measured(rows, model.engine.tokenizer, task.by_id)
+    fit = suitability.fitted(
+        [Features(**row["features"]) for row in rows], [row["log_ratio"] for row in rows],
+        [row["kind"] for row in rows], length=LENGTH, fingerprint=info.fingerprint,
+    )
+    found = judged(rows, fit)
+    show(rows, found)
+    policy = both[1].policy.model_dump(mode="json")
+    write_results(
+        options.out, rows=rows, fit=found,
+        settings={**task.settings(), "texts": options.texts, "threads": 1, "policy": policy},
+        model={"name": info.name, "fingerprint": info.fingerprint, "weights": info.weights, "adapter": model.adapter},
+    )
+    options.packaged.write_text(fit.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

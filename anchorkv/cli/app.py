@@ -7,7 +7,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from anchorkv.cli import audit, capacity, chat, evaluate, export, inspect, lm_eval, models, run, train
+from anchorkv.cli import (
+    audit, capacity, chat, evaluate, export, inspect, keys, lm_eval, models, poc, run, serve, train,
+)
 from anchorkv.cli.screen import stderr
 from anchorkv.errors import AnchorKVError
 
@@ -42,6 +44,9 @@ app.command("train")(train.train)
 app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
 app.command("capacity")(capacity.capacity)
+app.add_typer(poc.app, name="poc")
+app.command("serve")(serve.serve)
+app.add_typer(keys.app, name="keys")
 app.add_typer(audit.app, name="audit")
 app.command("lm-eval", **lm_eval.SETTINGS)(lm_eval.lm_eval)
 

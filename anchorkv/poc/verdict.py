@@ -40,13 +40,16 @@ def verdict(ways: Sequence[WayResult], thresholds: Thresholds, questions: int) -
 
 
 def reasons(way: WayResult, thresholds: Thresholds, questions: int) -> tuple[Reason, ...]:
-    """A comparison for each KPI, in a fixed order, and for each part of speed besides writing that fails its limit."""
+    """A comparison for each KPI, in a fixed order, and for each part of speed besides writing that fails its limit.
+
+    Perplexity is that of a text read on, where nothing is asked and so nothing recalled: of ways without recall alone.
+    """
     answering, speed, enough = way.answering, way.speed, questions >= thresholds.min_questions
     found = [
         _at_least("memory", way.reduction, thresholds.memory_reduction),
         _at_least("speed", speed.decode_ratio, thresholds.speed_ratio),
         _at_least("quality", answering.share_of_full, thresholds.quality_share, enough),
-        _at_most("perplexity", way.perplexity_ratio, thresholds.perplexity_ratio),
+        *([_at_most("perplexity", way.perplexity_ratio, thresholds.perplexity_ratio)] if way.recall == "off" else []),
         _at_least("agreement", answering.agreement, thresholds.agreement, enough),
     ]
     slower = {"prefill": speed.prefill_ratio, "first_token": speed.first_token_ratio}

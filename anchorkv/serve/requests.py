@@ -252,6 +252,8 @@ class Load:
     prefill_seconds_total: float
     decode_seconds_total: float
     steps_total: int
+    sent_away_total: int
+    """How often a running request had to give up its cells for a while."""
     prefixes: int
     documents: int
     draining: bool

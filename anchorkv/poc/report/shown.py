@@ -67,6 +67,13 @@ class Shown:
         return [reasons[kpi] for kpi in selection.MAIN_KPIS if kpi in reasons]
 
     @property
+    def compared_kpis(self) -> list[str]:
+        """The KPIs behind any area's verdict, each once: a way with recall has no perplexity of its own."""
+        areas = [*self._report.areas, self._report.overall]
+        behind = {r.kpi.raw for area in areas for r in area.verdict.reasons if not r.part.raw}
+        return [kpi for kpi in selection.KPI_KINDS if kpi in behind]
+
+    @property
     def counted(self) -> Markup:
         """How many areas got which verdict."""
         kinds = [area.verdict.kind.raw for area in self._report.areas]

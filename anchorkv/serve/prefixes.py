@@ -1,0 +1,121 @@
+"""What was read and may be read on: sessions parked after a system prompt, a document, a turn.
+
+A session is found by the tokens that it has read: the one that holds the longest beginning of a new script is forked,
+and only the rest is read. What a fork gives is what reading anew would give, since a session's state follows from its
+tokens and its policy alone (nothing that recall brought back is ever parked). Tenants share nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from anchorkv.config import AnchorConfig
+from anchorkv.engines.base import Engine, Ints
+from anchorkv.serve.cells import Held
+
+Owner = tuple[str, str]
+"""(tenant, what of the policy decides how a text is read)."""
+
+
+def owner(tenant: str, policy: AnchorConfig) -> Owner:
+    """Policies that differ in recall alone read a text alike."""
+    return tenant, policy.model_dump_json(exclude={"recall", "recall_cells"})
+
+
+@dataclass
+class Parked:
+    """A session that waits to be forked. `stream`: [tokens read], as `Script.stream`."""
+
+    held: Held
+    owner: Owner
+    stream: Ints = field(repr=False)
+    recall: str = ""
+    """The recall settings under which nothing was recalled on the way."""
+    document: str | None = None
+    """Id of the document that ends where this session stands."""
+    shared: bool = False
+    """Whether many may go on from here: a document, a system prompt, a prompt with several answers."""
+    used: int = 0
+
+    @property
+    def engine(self) -> Engine:
+        return self.held.session.engine
+
+    @cached_property
+    def keys(self) -> Ints:
+        """As `Held.keys`; a parked session does not change."""
+        return self.held.keys()
+
+    def begins(self, stream: Ints) -> bool:
+        """Whether `stream` goes on where this one ends, or ends there with something to write on."""
+        size = len(self.stream)
+        if size > len(stream) or (size == len(stream) and self.held.session.logits is None):
+            return False
+        return bool(np.array_equal(self.stream, stream[:size]))
+
+
+class Prefixes:
+    """Parked sessions, least recently used first to go. Belongs to the engine thread."""
+
+    def __init__(self) -> None:
+        self.parked: list[Parked] = []
+        self._clock = 0
+
+    def find(self, who: Owner, stream: Ints, recall_at: int, recall: str) -> Parked | None:
+        """The longest beginning of `stream` that `who` has read; beyond `recall_at` only what was read under the same
+        settings of recall."""
+        allowed = (e for e in self.parked if e.owner == who and (len(e.stream) <= recall_at or e.recall == recall))
+        fitting = [entry for entry in allowed if entry.begins(stream)]
+        if not fitting:
+            return None
+        found = max(fitting, key=lambda entry: len(entry.stream))
+        self._touch(found)
+        return found
+
+    def holds(self, who: Owner, stream: Ints) -> bool:
+        """Whether a session stands exactly at the end of `stream`."""
+        return any(
+            entry.owner == who and len(entry.stream) == len(stream) and bool(np.array_equal(entry.stream, stream))
+            for entry in self.parked
+        )
+
+    def add(self, entry: Parked) -> None:
+        self.parked.append(entry)
+        self._touch(entry)
+
+    def went_on(self, entry: Parked) -> None:
+        """A request goes on from `entry`, and holds most of its cells now: a conversation seldom goes on twice from one
+        place, so unless it is `shared` it is the first to go."""
+        if not entry.shared:
+            entry.used = 0
+
+    def evict(self, keep: Parked | None = None, engine: Engine | None = None) -> bool:
+        """Free the least recently used one (of `engine`), `keep` excepted. False when there is none."""
+        candidates = [e for e in self.parked if e is not keep and engine in (None, e.engine)]
+        if not candidates:
+            return False
+        self.remove(min(candidates, key=lambda entry: entry.used))
+        return True
+
+    def remove(self, entry: Parked) -> None:
+        self.parked.remove(entry)
+        entry.held.session.close()
+
+    def remove_document(self, number: str) -> None:
+        """Everything that was read of this document goes, what was asked after it included."""
+        ends = [e for e in self.parked if e.document == number]
+        for end in ends:
+            for entry in [e for e in self.parked if e.owner == end.owner and len(e.stream) >= len(end.stream)]:
+                if np.array_equal(entry.stream[: len(end.stream)], end.stream):
+                    self.remove(entry)
+
+    def clear(self) -> None:
+        while self.evict():
+            pass
+
+    def _touch(self, entry: Parked) -> None:
+        self._clock += 1
+        entry.used = self._clock

@@ -1,0 +1,388 @@
+"""What the engine thread does, round by round: admit, read a slice of one prompt, write a token in every answer.
+
+A slice takes about as long as a step, so that a long prompt never starves answers, nor answers a prompt.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import replace
+
+from anchorkv.engines.base import Engine
+from anchorkv.errors import AnchorKVError, CapacityError
+from anchorkv.serve.cells import scratch_cells
+from anchorkv.serve.documents import Documents, Snapshot
+from anchorkv.serve.figures import Figures, mean
+from anchorkv.serve.prefixes import owner
+from anchorkv.serve.queues import Queues
+from anchorkv.serve.requests import DocumentFacts, Finish
+from anchorkv.serve.room import Room
+from anchorkv.serve.slots import LEAST_KEPT, Slot, Upload
+from anchorkv.serve.steps import step
+
+log = logging.getLogger("anchorkv.serve")
+LEAST_SLICE = 32
+"""Tokens of a prompt that are read between two steps, at least."""
+PATIENCE = 16
+"""Requests that may be admitted before an older one that does not fit yet; then all wait for it."""
+BACKGROUND_SLICE = 64
+"""Tokens that a request of low priority reads at a time."""
+
+
+class Rounds:
+    """Belongs to the engine thread."""
+
+    def __init__(
+        self, room: Room, documents: Documents, files: Executor, clock: Callable[[], float], *, max_sessions: int,
+        slice_tokens: int, background_share: float,
+    ) -> None:
+        self._room, self._documents, self._files, self._clock = room, documents, files, clock
+        self._max_sessions, self._slice_tokens, self._share = max_sessions, slice_tokens, background_share
+        self.waiting, self.low = Queues(), Queues()
+        self.calls: deque[Callable[[], None]] = deque()
+        """What other threads want done on this one."""
+        self.running: list[Slot] = []
+        self.background: Slot | None = None
+        self.figures = Figures()
+        self.look = True
+        """Something changed: a request may fit now."""
+        self._next = 0
+
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.running or self.background or self.calls or len(self.waiting) or len(self.low))
+
+    def round(self) -> None:
+        while self.calls:
+            self.calls.popleft()()
+        self._drop_cancelled()
+        self._admit()
+        self._read()
+        self._write([slot for slot in self.running if not slot.reading])
+        self._serve_background()
+
+    def cancel_all(self) -> None:
+        """End everything, and free all cells."""
+        for slot in [*self.running, *self.waiting.all(), *self.low.all()]:
+            self._end(slot, "cancelled")
+        if self.background is not None:
+            self._end(self.background, "cancelled")
+        self._room.prefixes.clear()
+
+    # --- admission ---------------------------------------------------------------------------------------------
+
+    def _drop_cancelled(self) -> None:
+        slots = [*self.running, *self.waiting.all(), *self.low.all()]
+        for slot in [*slots, *([self.background] if self.background else [])]:
+            if slot.cancelled:
+                self._end(slot, "cancelled")
+
+    def _admit(self) -> None:
+        # What running requests free on their way makes room as well, so look now and then without being told.
+        if not (self.look or not self.running or self.figures.steps % 16 == 0):
+            return
+        self.look = False
+        while self._admit_one(self.waiting.heads()):
+            pass
+
+    def _admit_one(self, heads: list[Slot]) -> bool:
+        """Admit the first of `heads` that may begin; False when none may."""
+        passed: list[Slot] = []
+        for slot in heads if len(self.running) < self._max_sessions else ():
+            if self._follows(slot):
+                continue
+            if self._place(slot):
+                self.waiting.admitted(slot)
+                self.running.append(slot)
+                for other in passed:
+                    other.overtaken += 1
+                return True
+            if slot.overtaken >= PATIENCE:
+                return False
+            passed.append(slot)
+        return False
+
+    def _place(self, slot: Slot) -> bool:
+        """Let `slot` begin; a background request makes way for it."""
+        low = self.background
+        if self._room.place(slot, self._active()):
+            return True
+        if low is None:
+            return False
+        self._send_away(low)
+        return self._room.place(slot, self.running)
+
+    def _secure(self, engine: Engine, more: int, alone: int) -> bool:
+        """See to it that `more` cells are free on `engine`; if need be the background's request, then the youngest
+        ones, leave for a while. alone: enough for the one that is left; False when there are not even so many."""
+        while not self._room.ensure(engine, more, self._active()):
+            here = [slot for slot in self._active() if slot.held is not None and slot.session.engine is engine]
+            if len(here) < 2:
+                return self._room.ensure(engine, alone, here)
+            self._send_away(here[-1])
+        return True
+
+    def _active(self) -> list[Slot]:
+        """Running requests in the order in which they came, the background's last."""
+        return [*self.running, *([self.background] if self.background is not None else [])]
+
+    def _send_away(self, slot: Slot) -> None:
+        """`slot` gives up its cells and waits for its turn once more; it will go on where it was."""
+        log.info("a request leaves the engine for a while, for want of cells")
+        self.figures.sent_away += 1
+        slot.leave()
+        if slot is self.background:
+            self.background = None
+            self.low.put(slot, first=True)
+        else:
+            self.running.remove(slot)
+            self.waiting.put(slot, first=True)
+
+    def _follows(self, slot: Slot) -> bool:
+        """Whether another request is reading now what this one could go on from in a moment."""
+        if not slot.reuse or slot.away is not None:
+            return False
+        for leader in self.running:
+            if not leader.reading or leader.owner != slot.owner or not leader.reuse:
+                continue
+            common = _common(leader, slot)
+            if common == len(leader.script) and leader.recall == slot.recall:
+                leader.followed = True
+            marks = [mark for mark in leader.marks() if leader.position < mark <= common]
+            if marks and max(marks) >= self._cached(slot) + LEAST_KEPT:
+                return True
+        return False
+
+    def _cached(self, slot: Slot) -> int:
+        found = self._room.prefixes.find(slot.owner, slot.stream, slot.script.recall_at, slot.recall)
+        return len(found.stream) if found is not None else 0
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        """A slice of the prompt whose turn it is."""
+        reading = [slot for slot in self.running if slot.reading]
+        if not reading:
+            return
+        self._next += 1
+        writing = len(reading) < len(self.running)
+        self._read_slice(reading[self._next % len(reading)], self._slice() if writing else self._slice_tokens)
+
+    def _slice(self) -> int:
+        """Tokens that take about as long to read as a step takes."""
+        fair = round(self.figures.step_seconds * self.figures.read_rate)
+        return min(self._slice_tokens, max(LEAST_SLICE, fair))
+
+    def _read_slice(self, slot: Slot, budget: int) -> None:
+        begun, done = self._clock(), 0
+        try:
+            while done < budget and slot.reading:
+                more = slot.grows_by(budget - done) + scratch_cells(slot.policy)
+                if not self._secure(slot.session.engine, more, min(more, slot.growth() + scratch_cells(slot.policy))):
+                    raise CapacityError("This request needs more KV cells than there are.")
+                if slot.held is None:
+                    break
+                done += slot.read(budget - done)
+                if slot.pure and slot.position in slot.marks():
+                    self._keep(slot)
+        except AnchorKVError as error:
+            self._end(slot, "error", str(error))
+        except Exception:
+            log.exception("reading request %s failed", slot.ask.id if slot.ask else "of a document")
+            self._end(slot, "error", "The server failed while it read this prompt; the fault is in its log.")
+        seconds = self._clock() - begun
+        self.figures.prompt_tokens += done
+        self.figures.prefill_seconds += seconds
+        if done >= LEAST_SLICE and seconds > 0:
+            self.figures.read_rate = mean(self.figures.read_rate, done / seconds)
+        if slot.upload is not None and slot.held is not None and not slot.reading:
+            self._keep_document(slot, slot.upload)
+
+    def _keep(self, slot: Slot) -> None:
+        """Leave what `slot` has read to others; a document whose file was lost is written again."""
+        document = slot.document if slot.position == slot.document_end else None
+        self._room.park(slot)
+        if document is None or slot.owner != owner(document.tenant, document.policy):
+            return
+        if self._documents.lacks(document):
+            self._files.submit(self._mend, document, Snapshot.of(slot.session))
+
+    def _mend(self, facts: DocumentFacts, snapshot: Snapshot) -> None:
+        try:
+            self._documents.mend(facts, snapshot)
+        except AnchorKVError as error:
+            log.error("document %s stays in memory only: %s", facts.id, error)
+
+    def _keep_document(self, slot: Slot, upload: Upload) -> None:
+        """An upload has been read: park it, and have it written to disk beside the engine's work."""
+        figures = slot.session.accounting()
+        facts = replace(
+            upload.facts, kept_cells=figures.kept_cells, kv_bytes=figures.kept_bytes,
+            reading_seconds=self._clock() - slot.times.begun,
+        )
+        snapshot = Snapshot.of(slot.session)
+        self._room.park(slot, end=True)
+        slot.close()
+        self._gone(slot)
+
+        def write() -> None:
+            try:
+                done = self._documents.add(facts, upload.text, snapshot)
+            except AnchorKVError as error:
+                self.calls.append(lambda: self._room.prefixes.remove_document(facts.id))
+                if upload.done.set_running_or_notify_cancel():
+                    upload.done.set_exception(error)
+                return
+            if upload.done.set_running_or_notify_cancel():
+                upload.done.set_result(done)
+            else:
+                self._documents.delete(done.tenant, done.id)
+
+        self._files.submit(write)
+
+    # --- writing -----------------------------------------------------------------------------------------------
+
+    def _write(self, slots: list[Slot]) -> None:
+        """One token in each of these answers."""
+        begun, written = self._clock(), 0
+        for engine in self._room.engines:
+            written += self._write_on(engine, [s for s in slots if s.held is not None and s.session.engine is engine])
+        if not written:
+            return
+        self.figures.completion_tokens += written
+        seconds = self._clock() - begun
+        self.figures.steps += 1
+        self.figures.decode_seconds += seconds
+        self.figures.step_seconds = mean(self.figures.step_seconds, seconds)
+
+    def _write_on(self, engine: Engine, slots: list[Slot]) -> int:
+        """The same on one engine; the number of tokens written."""
+        for slot in slots:
+            if slot.held is not None and slot.ended_segment is not None:
+                self._recall_on(slot)
+        more = sum(1 + slot.policy.ac_tokens for slot in slots)
+        more += max((scratch_cells(slot.policy) for slot in slots), default=0)
+        if slots and not self._secure(engine, more, more):
+            self._end(slots[0], "error", "This request needs more KV cells than there are.")
+        writing = [
+            (slot, token) for slot in slots if slot.held is not None and (token := self._draw(slot)) is not None
+        ]
+        before = [slot.session.current for slot, _ in writing]
+        self._step(writing)
+        for (slot, _), segment in zip(writing, before, strict=True):
+            if slot.held is None:
+                continue
+            slot.stepped(segment)
+            if slot.writing is not None and slot.writing.finish is not None:
+                self._finish(slot)
+        return len(writing)
+
+    def _draw(self, slot: Slot) -> int | None:
+        try:
+            token = slot.draw()
+        except Exception:
+            log.exception("choosing a token failed")
+            self._end(slot, "error", "The server failed while it chose a token; the fault is in its log.")
+            return None
+        if token is None:
+            self._finish(slot)
+        return token
+
+    def _step(self, writing: list[tuple[Slot, int]]) -> None:
+        """Read back what was written; a slot that fails ends."""
+
+        def fail(index: int, error: AnchorKVError) -> None:
+            log.warning("a request ended while it was written: %s", error)
+            self._end(writing[index][0], "error", str(error))
+
+        sessions, tokens = [slot.session for slot, _ in writing], [token for _, token in writing]
+        try:
+            step(sessions, tokens, self._room.prefixes.evict, fail)
+        except Exception:
+            log.exception("a joint step failed")
+            for slot, _ in writing:
+                if slot.held is not None:
+                    self._end(slot, "error", "The server failed while it wrote; the fault is in its log.")
+
+    def _recall_on(self, slot: Slot) -> None:
+        try:
+            more = slot.policy.recall_cells + scratch_cells(slot.policy)
+            self._secure(slot.session.engine, more, more)
+            if slot.held is not None:
+                slot.recall_on()
+        except AnchorKVError as error:
+            self._end(slot, "error", str(error))
+
+    # --- the end -----------------------------------------------------------------------------------------------
+
+    def _finish(self, slot: Slot) -> None:
+        writing = slot.writing
+        self._end(slot, writing.finish if writing is not None and writing.finish is not None else "stop")
+
+    def _end(self, slot: Slot, finish: Finish, error: str = "") -> None:
+        """Free the cells of `slot`, or leave them to whoever goes on from here, and tell the caller."""
+        if slot.handle is not None and slot.writing is not None:
+            last = slot.writing.flush()
+            outcome = slot.outcome(finish, error)
+            if finish in ("stop", "length"):
+                self._room.learn(slot, outcome.peak_cells)
+            if finish in ("stop", "length") and slot.keeps_answer:
+                self._room.park(slot, end=True)
+            slot.close()
+            self.figures.cached_tokens += outcome.cached_tokens
+            took = outcome.prefill_seconds + outcome.decode_seconds
+            self.figures.request_seconds = mean(self.figures.request_seconds, took)
+            if last is not None:
+                slot.handle.put(last)
+            slot.handle.end(outcome)
+        else:
+            slot.close()
+            if slot.upload is not None and slot.upload.done.set_running_or_notify_cancel():
+                reason = error or "The server stopped before the document was read."
+                slot.upload.done.set_exception(AnchorKVError(reason))
+        self._gone(slot)
+
+    def _gone(self, slot: Slot) -> None:
+        self.look = True
+        if slot in self.running:
+            self.running.remove(slot)
+        elif slot is self.background:
+            self.background = None
+        else:
+            queue = self.low if slot.low else self.waiting
+            queue.remove(slot)
+
+    # --- low priority ------------------------------------------------------------------------------------------
+
+    def _serve_background(self) -> None:
+        """A slice or a token of the background's request, when nothing else runs or its share is not used up."""
+        figures = self.figures
+        if self.running and figures.low_seconds > self._share * (figures.prefill_seconds + figures.decode_seconds):
+            return
+        if self.background is None and not len(self.waiting):
+            for slot in self.low.heads():
+                if self._room.place(slot, self.running):
+                    self.low.admitted(slot)
+                    self.background = slot
+                    break
+        slot_ = self.background
+        if slot_ is None:
+            return
+        begun, before = self._clock(), replace(figures)
+        if slot_.reading:
+            self._read_slice(slot_, BACKGROUND_SLICE)
+        else:
+            self._write([slot_])
+        figures.step_seconds, figures.read_rate = before.step_seconds, before.read_rate
+        figures.prefill_seconds, figures.decode_seconds = before.prefill_seconds, before.decode_seconds
+        figures.low_seconds += self._clock() - begun
+
+
+def _common(one: Slot, other: Slot) -> int:
+    """Tokens that two scripts begin with alike."""
+    size = min(len(one.stream), len(other.stream))
+    differ = (one.stream[:size] != other.stream[:size]).nonzero()[0]
+    return int(differ[0]) if len(differ) else size
