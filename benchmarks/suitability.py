@@ -32,6 +32,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import anchorkv
+from anchorkv import samples
 from anchorkv.engines.base import Tokenizer
 from anchorkv.evaluate.losses import read_losses
 from anchorkv.evaluate.rows import Rows, find
@@ -81,6 +82,9 @@ class Text:
     source: str
     text: str
     tokens: tuple[int, ...]
+    sample: bool = False
+    """Whether it is one of the package's samples, which may be shorter, and are never fitted: they tell how good the
+    fit is."""
 
     @property
     def id(self) -> str:
@@ -158,6 +162,14 @@ def _stretch(
     return Text(kind, pool[at][0], tokenizer.decode(tokens), tuple(tokens))
 
 
+def bundled(tokenizer: Tokenizer) -> Iterator[Text]:
+    """The package's samples, cut to whole blocks."""
+    for path in sorted(samples.folder().rglob("*.txt")):
+        tokens = tokenizer.encode(path.read_text(encoding="utf-8"))[:LENGTH]
+        tokens = tokens[: len(tokens) // BLOCK * BLOCK]
+        yield Text(path.parent.name, path.name, tokenizer.decode(tokens), tuple(tokens), sample=True)
+
+
 @dataclass
 class Suitability:
     """Every text read in every way; a record holds sums of losses a block and the reduction."""
@@ -188,11 +200,13 @@ class Suitability:
         full, anchored = (good(records, way) for way in ways)
         rows = []
         for name in [name for name in self.by_id if name in full and name in anchored]:
-            text, trained_on = self.by_id[name], ROWS.get(self.by_id[name].kind, ("", "", False))[2]
+            text = self.by_id[name]
+            trained_on = not text.sample and ROWS.get(text.kind, ("", "", False))[2]
             before, after = (np.asarray(side[name]["blocks"]) / BLOCK for side in (full, anchored))
             rise = mean(after - before)
             rows.append({
-                "kind": text.kind, "source": text.source, "id": name, "trained_on": trained_on,
+                "kind": text.kind, "source": text.source, "id": name, "tokens": len(text.tokens),
+                "trained_on": trained_on,
                 "full_perplexity": float(np.exp(before.mean())), "ratio": float(np.exp(rise.value)),
                 "log_ratio": rise.value, "log_ratio_stderr": rise.stderr, "reduction": anchored[name]["reduction"],
             })
@@ -231,8 +245,19 @@ def judged(rows: Sequence[ResultRow], fit: suitability.Fit) -> dict[str, Any]:
     }
 
 
-def show(rows: Sequence[ResultRow], fit: dict[str, Any]) -> None:
-    table = Table(title=f"perplexity ratio to the full cache, {LENGTH:,} tokens; expected by a fit without the kind")
+def foretold(rows: Sequence[ResultRow], fit: suitability.Fit) -> list[ResultRow]:
+    """The samples' rows with what the fit, which never saw them, expects."""
+    predictor, found = suitability.Predictor(fit), []
+    for row in rows:
+        expected = predictor.predict(Features(**row["features"]))
+        found.append({
+            **row, "expected": expected.expected_ratio, "error": expected.error, "outside": expected.outside,
+        })
+    return found
+
+
+def show(rows: Sequence[ResultRow], title: str) -> None:
+    table = Table(title=title)
     for heading in ("kind", "texts", "ratio", "expected", "level"):
         table.add_column(heading, justify="left" if heading == "kind" else "right")
     for kind in dict.fromkeys(row["kind"] for row in rows):
@@ -240,8 +265,6 @@ def show(rows: Sequence[ResultRow], fit: dict[str, Any]) -> None:
         ratio, expected = (float(np.exp(np.log([row[name] for row in mine]).mean())) for name in ("ratio", "expected"))
         table.add_row(kind, str(len(mine)), f"{ratio:.3f}", f"{expected:.3f}", suitability.level(ratio))
     Console().print(table)
-    Console().print({name: value for name, value in fit.items() if not isinstance(value, dict)})
-    Console().print({name: round(value, 4) for name, value in fit["weights"].items()})
 
 
 def main() -> None:
@@ -258,7 +281,8 @@ def main() -> None:
     with Models(threads=1) as models:
         both = ways(['default:recall="off"'], own)
         model = models.of(both[0])
-        task = Suitability(texts(options.data, model.engine.tokenizer, options.texts))
+        tokenizer = model.engine.tokenizer
+        task = Suitability([*bundled(tokenizer), *texts(options.data, tokenizer, options.texts)])
         info = model.engine.info
         store = Store(options.work / info.fingerprint[:16], settings_of([task], both, models))
         if options.fit_only:
@@ -270,16 +294,21 @@ def main() -> None:
                     [task], both, models, store,
                     lambda done, total, what: bar.update(reading, completed=done, total=total, description=what),
                 )
-        rows = measured(rows, model.engine.tokenizer, task.by_id)
+        rows = measured(rows, tokenizer, task.by_id)
+    apart = [row for row in rows if task.by_id[row["id"]].sample]
+    rows = [row for row in rows if not task.by_id[row["id"]].sample]
     fit = suitability.fitted(
         [Features(**row["features"]) for row in rows], [row["log_ratio"] for row in rows],
         [row["kind"] for row in rows], length=LENGTH, fingerprint=info.fingerprint,
     )
     found = judged(rows, fit)
-    show(rows, found)
+    apart = foretold(apart, fit)
+    show(rows, f"perplexity ratio to the full cache, {LENGTH:,} tokens; expected by a fit without the kind")
+    show(apart, "the same of the package's samples, which are not fitted")
+    Console().print(found)
     policy = both[1].policy.model_dump(mode="json")
     write_results(
-        options.out, rows=rows, fit=found,
+        options.out, rows=rows, samples=apart, fit=found,
         settings={**task.settings(), "texts": options.texts, "threads": 1, "policy": policy},
         model={"name": info.name, "fingerprint": info.fingerprint, "weights": info.weights, "adapter": model.adapter},
     )

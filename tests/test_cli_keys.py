@@ -101,6 +101,8 @@ def test_revoke(place: Path) -> None:
     with pytest.raises(Refused, match="was revoked"):
         gate.caller(text)
     gate.caller(other)
+    with KeyFile(place).changing() as stored:
+        stored[number] = stored[number].changed(revoked=datetime(2026, 1, 1, tzinfo=UTC))
     before = listed()[0]["revoked"]
     assert f"{number} of bank is already revoked" in call("revoke", number[:8]).stdout
     assert [key["state"] for key in listed()] == ["revoked", "valid"]

@@ -82,7 +82,7 @@ def test_a_clock_that_jumps_grants_at_most_one_allowance_at_once(jumps: list[flo
     bucket = TokenBucket(60, clock)
     for jump in jumps:
         clock.now += jump
-        assert bucket.level <= 60
+        assert 0 <= bucket.level <= 60  # a jump back takes nothing away
         bucket.take(bucket.level)
         assert bucket.wait(1) == pytest.approx(1.0)
 

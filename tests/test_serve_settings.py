@@ -225,6 +225,7 @@ def test_the_databases_password_is_never_shown(file: Path) -> None:
         assert PASSWORD not in shown
     for text in (f"audit: '{url}'", f"audit: {{database: ['{url}']}}", f"audit: {{database: '{url}', x: 1}}"):
         assert PASSWORD not in wrong(file, text)
+    assert "31337" not in wrong(file, "audit: {database: 31337}")  # a password may be a number
 
 
 def test_what_is_written_is_read_again(file: Path, keys: Path) -> None:

@@ -40,7 +40,7 @@ def allowed(*roles: Role) -> Callable[..., Awaitable[Principal]]:
     return caller
 
 
-UserOf = Annotated[Principal, Depends(allowed("user", "operator"))]
+UserOf = Annotated[Principal, Depends(allowed("user"))]
 AuditorOf = Annotated[Principal, Depends(allowed("auditor", "operator"))]
 OperatorOf = Annotated[Principal, Depends(allowed("operator"))]
 AnyoneOf = Annotated[Principal, Depends(allowed("user", "operator", "auditor"))]
