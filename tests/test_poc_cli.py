@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import tiny_gguf
-import typer
 from fake_engine import FakeEngine
 from rich.console import Console
 from typer.testing import CliRunner
@@ -19,20 +18,17 @@ from typer.testing import CliRunner
 import anchorkv.evaluate.statistics
 import anchorkv.models
 import anchorkv.poc.run
-from anchorkv.cli import app as program
-from anchorkv.cli import poc
+from anchorkv.cli import app
 from anchorkv.evaluate.run import RECORDS, Record
 from anchorkv.poc import measure
 from anchorkv.poc.live import View, final
+from anchorkv.poc.plan import Plan
 from anchorkv.poc.results import PocReport
 from anchorkv.poc.rollout import Rollout
 from anchorkv.poc.run import OwnModels, Run
 
 SECRET = "The valve of Lisbon opens at 4711 bar."
 runner = CliRunner()
-app = typer.Typer(cls=type(typer.main.get_group(program)), pretty_exceptions_enable=False)
-app.add_typer(poc.app, name="poc")
-app.command("other")(lambda: None)
 
 
 @pytest.fixture(autouse=True)
@@ -380,7 +376,7 @@ def test_the_view_shows_areas_as_they_are_measured(texts: Path) -> None:
     shown: list[str] = []
     models = OwnModels()
     with models, View(console, quiet=True) as view:
-        running = Run(poc.Plan(folder=texts), models)
+        running = Run(Plan(folder=texts), models)
 
         def progress(run: Run) -> None:
             view(run)
@@ -404,7 +400,7 @@ def test_on_a_terminal_the_table_fills_in_and_goes_away(texts: Path) -> None:
     console = Console(width=100, force_terminal=True, file=io.StringIO(), legacy_windows=False)
     models = OwnModels()
     with models, View(console) as view:
-        Run(poc.Plan(folder=texts), models).measure(view)
+        Run(Plan(folder=texts), models).measure(view)
     written = console.file.getvalue()  # type: ignore[attr-defined]
     assert "logs/1.txt: reading and asking, full" in written
     assert "14/14" in written
@@ -463,7 +459,7 @@ def test_help_tells_of_the_sub_commands() -> None:
 
 
 def test_run_gives_the_report_without_a_command_line(texts: Path) -> None:
-    report = anchorkv.poc.run.run(poc.Plan(folder=texts, out=Path("here")))
+    report = anchorkv.poc.run.run(Plan(folder=texts, out=Path("here")))
     assert report.to_json() == Path("here/report.json").read_text(encoding="utf-8")
 
 
@@ -480,4 +476,4 @@ def test_a_real_model_from_folder_to_report(tmp_path: Path, monkeypatch: pytest.
     for area in report.areas:
         assert area.ways[1].speed.decode.value > 0
         assert area.ways[1].reduction.value >= 1
-        assert area.ways[1].context_recovered.n == 2
+        assert area.ways[1].perplexity_ratio.value > 0

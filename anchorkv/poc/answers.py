@@ -83,9 +83,10 @@ def _asked(document: Document, question: Question, mode: RecallMode) -> Record:
         session.read(asking(document.prompt, tokenizer, question.text))
         next_logits(session)
         first = time.perf_counter() - started
+        if question.lead:  # an answer begins with it, and a small model needs it to know what to write
+            session.read(tokenizer.encode(question.lead))
+            next_logits(session)
         with session.fork() as apart:
-            if question.lead:
-                apart.read(tokenizer.encode(question.lead))
             losses = answer_losses(apart, tokenizer.encode(question.answers[0]))
         segment = session.current
         answer = _written(session, plan, question.text)

@@ -18,7 +18,7 @@ from anchorkv.poc.questions import Question
 from anchorkv.poc.sentences import sentences
 
 FORM = 'Complete the sentence as it stands in the text: "{lead} …"'
-FORM_JA = "本文の次の文を引用してください。「{lead}…」"
+FORM_JA = "本文の文を引用してください。{lead}"
 LEAD_WORDS, LEAD_CHARACTERS = (5, 18), (8, 40)
 """At least, and at most, before the fact: in words, or in characters of Japanese."""
 LONGEST = 600

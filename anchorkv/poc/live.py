@@ -57,7 +57,7 @@ class View:
         what = f"{job.item.id}: {_DOING[job.task]}, {job.way.name}" if job else "Writing the report"
         if self._live is not None:
             self._bar.update(self._job, description=_short(what), completed=run.done, total=len(run.jobs))
-            self._live.update(Group(self.table(run), self._bar))
+            self._live.update(Group(self.table(run), self._bar), refresh=True)
         elif job and not self.quiet:
             self.console.print(
                 f"[{run.done + 1}/{len(run.jobs)}] {what}", markup=False, highlight=False, soft_wrap=True

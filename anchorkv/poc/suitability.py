@@ -36,6 +36,8 @@ NEAR = 0.95
 """Share of the fitted texts that lie nearer to another one than what is called outside."""
 LEAST_LOSS = 0.0
 """Of the ratio's logarithm. Texts that repeat little lose almost nothing; a line would let them gain."""
+CLIP = 2.0
+"""Standard deviations beyond which a feature counts no more: a line through usual texts says little of a table."""
 DRIVERS, LEAST = 3, 0.01
 """Most features named as drivers; a smaller part of the expected logarithm is not worth a name."""
 
@@ -47,7 +49,7 @@ class Fit(Part):
     means: tuple[float, ...]
     scales: tuple[float, ...]
     weights: tuple[float, ...] = Field(description="of standardised features")
-    intercept: float = Field(description="mean log ratio of the fitted texts")
+    intercept: float = Field(description="log ratio of a text whose features are all the means")
     penalty: float
     texts: tuple[tuple[float, ...], ...] = Field(description="the fitted texts' standardised features")
     limit: float = Field(description="distance to the nearest fitted text beyond which a text is outside")
@@ -60,12 +62,12 @@ class Fit(Part):
 
 @dataclass(frozen=True)
 class Effect:
-    """What one feature does to the expected ratio: `factor` times what a text of the fitted texts' mean would have."""
+    """What one feature does to the expected ratio: `factor` times what a text of the usual value would have."""
 
     name: str
     value: float
     usual: float
-    """Mean of the fitted texts; of `segment_tokens` the geometric one."""
+    """The mean of the fitted texts, taken as the model is linear in it (`vector`)."""
     factor: float
     """Above 1 speaks against anchors, below 1 for them."""
 
@@ -90,10 +92,9 @@ class Predictor:
         )
 
     def explain(self, features: Features) -> tuple[Effect, ...]:
-        """What every feature does, the strongest first. Beyond the fitted texts a feature counts as their extreme."""
-        fit, texts = self.fit, np.asarray(self.fit.texts)
-        place = np.clip(self._place(features), texts.min(axis=0), texts.max(axis=0))
-        parts = place * np.asarray(fit.weights)
+        """What every feature does, the strongest first. Beyond `CLIP` standard deviations a feature counts no more."""
+        fit = self.fit
+        parts = np.clip(self._place(features), -CLIP, CLIP) * np.asarray(fit.weights)
         effects = [
             Effect(name, getattr(features, name), _shown(name, mean), math.exp(part))
             for name, mean, part in zip(fit.names, fit.means, parts.tolist(), strict=True)
@@ -107,7 +108,7 @@ class Predictor:
 
     def _leverage(self, place: Numbers) -> float:
         """How much a text there would move its own prediction: its part of the error comes from uncertain weights."""
-        texts = np.asarray(self.fit.texts)
+        texts = np.clip(self.fit.texts, -CLIP, CLIP)
         return float(place @ np.linalg.solve(_gram(texts, self.fit.penalty), place))
 
 
@@ -127,15 +128,16 @@ def packaged() -> Fit:
 
 
 def vector(features: Features, names: Sequence[str] = NAMES) -> Numbers:
-    """What the model is linear in, [k]: the features, and of a length its logarithm."""
+    """What the model is linear in, [k]: the logarithm of a length, and the square root of a share, for between none and
+    few lies more than between many and all."""
     return np.asarray([
-        math.log(max(1.0, features.segment_tokens)) if name == "segment_tokens" else getattr(features, name)
+        math.log(max(1.0, features.segment_tokens)) if name == "segment_tokens" else math.sqrt(getattr(features, name))
         for name in names
     ], dtype=np.float64)
 
 
 def _shown(name: str, value: float) -> float:
-    return math.exp(value) if name == "segment_tokens" else value
+    return math.exp(value) if name == "segment_tokens" else value**2
 
 
 def distance(place: Numbers, texts: Numbers) -> float:
@@ -160,10 +162,11 @@ def fitted(
     means, scales = _scaling(rows)
     texts = (rows - means) / scales
     penalty = best_penalty(rows, target, groups)
+    weights, intercept = _ridge(texts, target, penalty)
     apart = [distance(texts[n], np.delete(texts, n, axis=0)) for n in range(len(texts))]
     return Fit(
-        names=NAMES, means=tuple(means), scales=tuple(scales), weights=tuple(_ridge(texts, target, penalty)),
-        intercept=float(target.mean()), penalty=penalty, texts=tuple(map(tuple, texts.tolist())),
+        names=NAMES, means=tuple(means), scales=tuple(scales), weights=tuple(weights), intercept=intercept,
+        penalty=penalty, texts=tuple(map(tuple, texts.tolist())),
         limit=float(np.quantile(apart, NEAR)), error=float(np.sqrt(((target - expected) ** 2).mean())),
         r2=explained(target, expected), kinds=len(set(kinds)), length=length, fingerprint=fingerprint,
     )
@@ -200,9 +203,8 @@ def best_penalty(rows: Numbers, target: Numbers, groups: npt.NDArray[Any]) -> fl
 def _expected(rows: Numbers, target: Numbers, others: Numbers, penalty: float) -> Numbers:
     """Fitted on rows [n, k] and target [n]: what `Predictor` would expect of others [m, k]."""
     means, scales = _scaling(rows)
-    weights = _ridge((rows - means) / scales, target, penalty)
-    inside = np.clip(others, rows.min(axis=0), rows.max(axis=0))
-    expected: Numbers = np.maximum(LEAST_LOSS, target.mean() + (inside - means) / scales @ weights)
+    weights, intercept = _ridge((rows - means) / scales, target, penalty)
+    expected: Numbers = np.maximum(LEAST_LOSS, intercept + np.clip((others - means) / scales, -CLIP, CLIP) @ weights)
     return expected
 
 
@@ -211,9 +213,12 @@ def _scaling(rows: Numbers) -> tuple[Numbers, Numbers]:
     return rows.mean(axis=0), np.where(scales > 0, scales, 1.0)
 
 
-def _ridge(texts: Numbers, target: Numbers, penalty: float) -> Numbers:
-    weights: Numbers = np.linalg.solve(_gram(texts, penalty), texts.T @ (target - target.mean()))
-    return weights
+def _ridge(texts: Numbers, target: Numbers, penalty: float) -> tuple[Numbers, float]:
+    """Weights [k] of standardised texts [n, k], clipped, and the intercept."""
+    inside = np.clip(texts, -CLIP, CLIP)
+    middle = inside.mean(axis=0)
+    weights: Numbers = np.linalg.solve(_gram(inside - middle, penalty), (inside - middle).T @ (target - target.mean()))
+    return weights, float(target.mean() - middle @ weights)
 
 
 def _gram(texts: Numbers, penalty: float) -> Numbers:
