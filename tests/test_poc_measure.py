@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def test_full_and_anchored_differ_and_the_ground_is_its_own() -> None:
 
 
 def test_answers_are_those_of_the_evaluation() -> None:
-    document, asked = read(), question(source("manuals", 1))
+    document, asked = read(), replace(question(source("manuals", 1)), lead="")
     with document:
         found = by_mode(document, asked, ("off", "auto", "on"))
         for mode, given in found.items():

@@ -69,10 +69,12 @@ def test_a_stream_says_what_the_whole_reply_says(served: Service) -> None:
                 whole["choices"][0]["message"]["content"]
             )
             logprobs = [c["logprobs"]["content"] for chunk in chunks for c in chunk["choices"] if c["logprobs"]]
-            streamed, at_once = [token for part in logprobs for token in part], whole["choices"][0]["logprobs"]["content"]
-        assert [token["bytes"] for token in streamed] == [token["bytes"] for token in at_once]
-        # What is computed beside it in a batch moves a log-probability by a little.
-        assert [token["logprob"] for token in streamed] == pytest.approx([token["logprob"] for token in at_once], abs=0.02)
+            streamed = [token for part in logprobs for token in part]
+            at_once = whole["choices"][0]["logprobs"]["content"]
+            assert [token["bytes"] for token in streamed] == [token["bytes"] for token in at_once]
+            # What is computed beside it in a batch moves a log-probability by a little.
+            near = pytest.approx([token["logprob"] for token in at_once], abs=0.02)
+            assert [token["logprob"] for token in streamed] == near
             # Several at once are computed in one batch, whose rounding differs: their texts may, their form may not.
             asked = {**asked, "n": 3}
             whole = (await http.post(CHAT, json=asked)).json()

@@ -7,9 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from anchorkv.cli import (
-    audit, capacity, chat, evaluate, export, inspect, keys, lm_eval, models, poc, run, serve, train,
-)
+from anchorkv.cli import audit, capacity, chat, evaluate, export, inspect, keys, lm_eval, models, poc, run, serve, train
 from anchorkv.cli.screen import stderr
 from anchorkv.errors import AnchorKVError
 
