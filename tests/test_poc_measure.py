@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,7 +125,7 @@ def test_full_and_anchored_differ_and_the_ground_is_its_own() -> None:
 
 
 def test_answers_are_those_of_the_evaluation() -> None:
-    document, asked = read(), replace(question(source("manuals", 1)), lead="")
+    document, asked = read(), question(source("manuals", 1), lead="")
     with document:
         found = by_mode(document, asked, ("off", "auto", "on"))
         for mode, given in found.items():
