@@ -263,7 +263,7 @@ def train(
     Raises DataError before the first step where data are bad, ConfigError where `out` holds another run.
     """
     recipe = Recipe.load(settings.data)
-    engine = engine or _load(settings.model)
+    engine = engine or _load(settings.model, all_weights=not settings.rank)
     check(recipe, engine.tokenizer, engine.info.vocabulary)
     arguments = TrainingArguments(
         output_dir=str(out), per_device_train_batch_size=settings.rows,
@@ -323,10 +323,13 @@ def fsdp_asked() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def _load(model: str) -> TorchEngine:
-    """The engine on this process's own GPU; in main memory where FSDP is to share it out among the GPUs."""
+def _load(model: str, all_weights: bool = False) -> TorchEngine:
+    """The engine on this process's own GPU; in main memory where FSDP is to share it out among the GPUs.
+
+    all_weights: they are trained, not an adapter beside them: on a CPU in fp32, for bf16 would lose the small steps.
+    """
     if not torch.cuda.is_available():
-        return TorchEngine.load(model)
+        return TorchEngine.load(model, dtype="fp32" if all_weights else None)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if _sharded():
         able = torch.cuda.is_bf16_supported(including_emulation=False)
