@@ -1,7 +1,7 @@
 """Sessions and speed of `anchorkv serve` beside llama.cpp's full cache in the same KV memory, under load.
 
-    python benchmarks/serving.py                              # conversations of 4,000 tokens; writes results/serving.json
-    python benchmarks/serving.py --tokens 300 --slots 2 --times 6 --answer 16 --out /tmp/serving.json      # a try
+    python benchmarks/serving.py                     # conversations of 4,000 tokens; writes results/serving.json
+    python benchmarks/serving.py --tokens 300 --slots 2 --times 3 --answer 16 --out try.json
 
 This process is the load; each side runs in a process of its own, one after the other, with the same KV cells and
 threads. Conversations differ from each other and have many turns; each says one thing more when all of them are there.
@@ -144,17 +144,23 @@ class Peer:
 def conversations(tokenizer: Any, count: int, tokens: int) -> list[Messages]:
     """`count` conversations of about `tokens` tokens, each a walk of its own through the example text."""
     words = (ROOT / "examples" / "english.txt").read_text(encoding="utf-8").split()
-    step = round(len(words) * TURN / len(tokenizer.encode(" ".join(words))))  # words of a turn
+    density = len(words) / len(tokenizer.encode(" ".join(words)))
     out = []
     for number in range(count):
         messages, random = [{"role": "system", "content": f"You help reader {number}."}], np.random.default_rng(number)
-        while len(tokenizer.encode(tokenizer.chat(messages), special=True)) < tokens - TURN:
-            at = int(random.integers(0, len(words) - step))
-            messages.append({"role": ("user", "assistant")[1 - len(messages) % 2], "content": " ".join(words[at : at + step])})
-        if messages[-1]["role"] == "user":
-            messages.pop()
+        while (left := tokens - len(tokenizer.encode(tokenizer.chat(messages), special=True))) > 30:
+            step = round(min(TURN, max(10, left / 2)) * density)
+            for role in ("user", "assistant"):
+                at = int(random.integers(0, len(words) - step))
+                messages.append({"role": role, "content": " ".join(words[at : at + step])})
         out.append([*messages, {"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}])
     return out
+
+
+def _turn(answer: str, number: int) -> Messages:
+    """What was answered, and what is said to it."""
+    said = QUESTIONS[(number + len(answer)) % len(QUESTIONS)]
+    return [{"role": "assistant", "content": answer}, {"role": "user", "content": said}]
 
 
 async def load(side: Side, talks: list[Messages], new: list[Messages], answer: int) -> dict[str, Any]:
@@ -164,34 +170,35 @@ async def load(side: Side, talks: list[Messages], new: list[Messages], answer: i
     async def arrive(number: int, messages: Messages) -> None:
         async with gate:
             first = await side.say(number, messages, 4)
-        messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": QUESTIONS[number % 3]}]
+        messages += _turn(first.text, number)
 
     await asyncio.gather(*(arrive(number, talk) for number, talk in enumerate(talks)))
     arrived = time.perf_counter() - begun
     console.print(f"  {len(talks)} conversations were read in {arrived:.0f} s")
 
-    async def go_on(number: int, write: int) -> Answer:
-        said = await side.say(number, talks[number], write)
-        talks[number] += [{"role": "assistant", "content": said.text}, {"role": "user", "content": QUESTIONS[number % 2]}]
+    async def go_on(number: int) -> Answer:
+        said = await side.say(number, talks[number], answer)
+        talks[number] += _turn(said.text, number)
         return said
 
-    quiet = await asyncio.gather(*(go_on(number, answer) for number in range(len(talks))))
+    quiet = await asyncio.gather(*(go_on(number) for number in range(len(talks))))
     living = sum(said.cached >= 0.9 * (said.read - NEW) for said in quiet)
     times = np.sort(np.concatenate([said.times for said in quiet]))
     middle = times[len(times) // 5 : -(len(times) // 5)]
     console.print(f"  {living} of {len(talks)} went on without being read again")
-    writers = talks if len(new) == 0 else talks[: max(1, len(talks) - 1)]
+    # The peer has to give up a slot for those that come in; so that both do the same, anchorkv's last one rests too.
+    writers = talks[: max(1, len(talks) - 1)] if new else talks
     if isinstance(side, Peer) and new:
         side.leave(len(talks) - 1)
     loaded, _ = await asyncio.gather(
-        asyncio.gather(*(go_on(number, answer) for number in range(len(writers)))),
+        asyncio.gather(*(go_on(number) for number in range(len(writers)))),
         asyncio.gather(*(side.say(len(talks) + number, talk, 2) for number, talk in enumerate(new))),
     )
     gaps = {name: np.concatenate([np.diff(said.times) for said in answers]) for name, answers in
             (("quiet", quiet), ("load", loaded))}
     return {
         "settings": side.settings, "conversations": len(talks), "sessions": living,
-        "decode_tokens_per_second": (len(middle) - 1) / (middle[-1] - middle[0]),
+        "decode_tokens_per_second": float((len(middle) - 1) / (middle[-1] - middle[0])),
         "p95_seconds_between_tokens": float(np.quantile(gaps["load"], 0.95)),
         "median_seconds_between_tokens": float(np.median(gaps["load"])),
         "p95_seconds_between_tokens_all_writing": float(np.quantile(gaps["quiet"], 0.95)),
@@ -200,7 +207,9 @@ async def load(side: Side, talks: list[Messages], new: list[Messages], answer: i
     }
 
 
-async def anchored(options: argparse.Namespace, cells: int, talks: list[Messages], new: list[Messages]) -> dict[str, Any]:
+async def anchored(
+    options: argparse.Namespace, cells: int, talks: list[Messages], new: list[Messages]
+) -> dict[str, Any]:
     """The figures of `anchorkv serve`."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -215,7 +224,8 @@ async def anchored(options: argparse.Namespace, cells: int, talks: list[Messages
         try:
             async with httpx.AsyncClient(timeout=None, limits=limits) as client:
                 await _ready(client, url, process)
-                return await load(Anchored(url, client, options.policy or "the model's own policy"), talks, new, options.answer)
+                side = Anchored(url, client, options.policy or "the model's own policy")
+                return await load(side, talks, new, options.answer)
         finally:
             process.terminate()
             await process.wait()
@@ -265,7 +275,7 @@ def main() -> None:
     parser.add_argument("--policy", help="of the server; without it the model's own")
     parser.add_argument("--tokens", type=int, default=4000, help="of a conversation")
     parser.add_argument("--slots", type=int, default=4, help="full conversations that the KV memory is made for")
-    parser.add_argument("--times", type=float, default=11, help="conversations that anchorkv gets, for each of the peer's")
+    parser.add_argument("--times", type=float, default=11, help="conversations of anchorkv for one of the peer's")
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--arrivals", type=int, default=2, help="new conversations while all others write")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

@@ -1,8 +1,8 @@
 """The peer of benchmarks/serving.py: llama.cpp with its full cache, as its own server drives it.
 
 Every slot is a stream of its own; each round decodes the next token of all slots that write and as much of the waiting
-prompts as the batch takes; a slot keeps what it holds, and a longer conversation goes on from there. No HTTP is between:
-lines of JSON come in and go out, so that the peer is measured at its best.
+prompts as the batch takes; a slot keeps what it holds, and a longer conversation goes on from there. No HTTP is
+between: lines of JSON come in and go out, so that the peer is measured at its best.
 
     {"id": 1, "slot": 0, "messages": [...], "write": 64}    ->    {"id": 1, "token": 5, "cached": 0, "read": 4012}
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import select
 import sys
 import time
@@ -121,7 +122,7 @@ def serve(peer: Peer) -> None:
     waiting = b""
     while True:
         while select.select([sys.stdin], [], [], 0 if peer.busy else None)[0]:
-            data = sys.stdin.buffer.raw.read(1 << 20)  # type: ignore[attr-defined]
+            data = os.read(sys.stdin.fileno(), 1 << 20)
             if not data:
                 return
             *lines, waiting = (waiting + data).split(b"\n")

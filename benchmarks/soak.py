@@ -5,9 +5,9 @@
 
 The server is a process of its own with few cells and a short queue, so that requests wait, beginnings and documents are
 pushed out and callers are turned away all the time. Two tenants chat, stream, hang up, go on with conversations,
-upload, ask and delete documents, and send what is no request. Explained is 429 or 503 with Retry-After, and 400 for what is
-no request; everything else is an error. At the end the server is told to stop, must do so with code 0, and every answer
-that a client got must be in an audit trail whose chain is whole. Writes "soak" in results/serving.json.
+upload, ask and delete documents, and send what is no request. Explained is 429 or 503 with Retry-After, and 400 for
+what is no request; everything else is an error. At the end the server is told to stop, must do so with code 0, and
+every answer that a client got must be in an audit trail whose chain is whole. Writes "soak" in results/serving.json.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Client:
     async def upload(self) -> None:
         text = f"{self.some(3000)} The secret word is {self.mark}{self.random.randrange(10**9)}. {self.some(1000)}"
         response = await self.http.post("/v1/documents", json={"text": text, "title": self.tenant})
-        if self.fine(response, "upload"):
+        if await self.fine(response, "upload"):
             self.documents.append(response.json()["id"])
 
     async def tidy(self) -> None:
@@ -126,7 +126,7 @@ class Client:
             await self.upload()
             return
         number = self.documents.pop(0)
-        self.fine(await self.http.delete(f"/v1/documents/{number}"), "delete")
+        await self.fine(await self.http.delete(f"/v1/documents/{number}"), "delete")
 
     async def nonsense(self) -> None:
         body = self.random.choice((b"{", b"[]", b'{"messages": []}', b'{"messages": 7}', b'{"max_tokens": -1}'))
@@ -146,8 +146,7 @@ class Client:
 
     async def post(self, body: dict[str, Any]) -> dict[str, Any] | None:
         response = await self.http.post("/v1/chat/completions", json=body)
-        if not self.fine(response, "chat"):
-            await asyncio.sleep(min(3.0, float(response.headers.get("retry-after", 1))) * self.random.random())
+        if not await self.fine(response, "chat"):
             return None
         reply: dict[str, Any] = response.json()
         for choice in reply["choices"]:
@@ -161,7 +160,7 @@ class Client:
         async with self.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
             if response.status_code != 200:
                 await response.aread()
-                self.fine(response, "stream")
+                await self.fine(response, "stream")
                 return
             async for line in response.aiter_lines():
                 if not line.startswith("data: "):
@@ -194,12 +193,13 @@ class Client:
         if any(other in shown for other in others):
             self.seen.wrong(f"another tenant's text in {figures['id']}")
 
-    def fine(self, response: httpx.Response, what: str) -> bool:
+    async def fine(self, response: httpx.Response, what: str) -> bool:
         if response.status_code == 200:
             self.seen.outcomes["answered" if what in ("chat", "stream") else what] += 1
             return True
         if response.status_code in (429, 503) and "retry-after" in response.headers:
             self.seen.outcomes["told to come back"] += 1
+            await asyncio.sleep(min(5.0, float(response.headers["retry-after"])) * (0.5 + self.random.random()))
         else:
             self.seen.wrong(f"{what}: {response.status_code} {response.text[:200]}")
         return False

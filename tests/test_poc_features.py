@@ -9,7 +9,7 @@ from fake_engine import ByteTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchorkv.poc.features import COMMON, LATELY, MOST, SHARES, STRETCH, combined, features
+from anchorkv.poc.features import COMMON, LATELY, MOST, PHRASE, SHARES, STRETCH, combined, features
 from anchorkv.poc.results import Features
 
 TOKENIZER = ByteTokenizer()
@@ -73,13 +73,14 @@ def test_numbers_and_what_is_repeated() -> None:
 
 def test_what_returns_after_long_is_told_from_what_is_said_again_at_once() -> None:
     between = " ".join(f"w{n}" for n in range(LATELY + 1))
+    quoted = "the Kessler valve opens slowly"
     for text, terms, phrases in (
-        (f"the Kessler valve opens {between} the Kessler valve closes", 3, 1), (f"{between} Kessler Kessler", 0, 0),
-        (f"valve {between[: len(between) // 2]} valve", 0, 0), (f"{between} {between}", LATELY + 1, LATELY - 1),
+        (f"{quoted} {between} {quoted}", 5, 1), (f"{between} {between}", LATELY + 1, LATELY + 2 - PHRASE),
+        (f"{between} Kessler Kessler", 0, 0), (f"valve {between[: len(between) // 2]} valve", 0, 0),
     ):
         found, words = of(text), len(text.split())
         assert found.returning_terms == pytest.approx(terms / words), text
-        assert found.returning_phrases == pytest.approx(phrases / (words - 2)), text
+        assert found.returning_phrases == pytest.approx(phrases / (words + 1 - PHRASE)), text
 
 
 def test_common_words_are_no_terms() -> None:

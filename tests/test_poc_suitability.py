@@ -19,7 +19,7 @@ from anchorkv.evaluate.ways import ways
 from anchorkv.poc import suitability
 from anchorkv.poc.features import SHARES, features
 from anchorkv.poc.results import Features
-from anchorkv.poc.suitability import FAIR, GOOD, NAMES, Fit, Predictor, fitted, level, packaged
+from anchorkv.poc.suitability import CLIP, FAIR, GOOD, NAMES, Fit, Predictor, fitted, level, packaged
 
 WORDS = ("names", "fingerprint")
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,11 +55,11 @@ def test_the_fit_finds_what_the_ratio_follows_from() -> None:
     predictor = Predictor(fit)
     for text in texts[::5]:
         expected = math.exp(0.1 + 0.5 * text.numbers - 0.25 * text.names)
-        assert predictor.predict(text).expected_ratio == pytest.approx(expected, rel=0.02)
+        assert predictor.predict(text).expected_ratio == pytest.approx(expected, rel=0.04)
     found = predictor.predict(text_like(numbers=0.85, names=0.5))
     assert found.drivers[0] == "numbers"
     assert found.effects[0] > 1
-    assert fit.r2 > 0.9
+    assert fit.r2 > 0.8
 
 
 def test_features_that_mean_nothing_explain_nothing() -> None:
@@ -98,12 +98,17 @@ def test_an_unlike_text_is_outside_and_less_certain() -> None:
     assert beyond.error > within.error > fit.error
 
 
-def test_beyond_the_fitted_texts_a_feature_counts_as_their_extreme() -> None:
+def test_far_from_the_usual_a_feature_counts_no_more() -> None:
     fit, texts = fit_of()
-    most = max(text.numbers for text in texts)
-    assert most < 0.99
-    found = [Predictor(fit).predict(text_like(numbers=value)).expected_ratio for value in (most, 0.99, 1.0)]
-    assert found == pytest.approx([found[0]] * 3)
+    roots = np.sqrt([text.numbers for text in texts])
+    most = roots.mean() + CLIP * roots.std()
+    below, at, beyond = (
+        Predictor(fit).predict(text_like(names=0.0, numbers=float(value))).expected_ratio
+        for value in (0.9 * most**2, most**2, 1.0)
+    )
+    assert most**2 < 1
+    assert below < at
+    assert at == pytest.approx(beyond)
 
 
 def test_nothing_is_expected_to_gain() -> None:
@@ -118,13 +123,13 @@ def test_effects_multiply_to_the_expected_ratio() -> None:
     product = math.exp(fit.intercept) * math.prod(effect.factor for effect in effects)
     assert Predictor(fit).predict(texts[3]).expected_ratio == pytest.approx(product)
     usual = {effect.name: effect.usual for effect in effects}
-    assert usual["numbers"] == pytest.approx(np.mean([text.numbers for text in texts]))
+    assert usual["numbers"] == pytest.approx(np.mean([math.sqrt(text.numbers) for text in texts]) ** 2)
     assert usual["segment_tokens"] == pytest.approx(np.exp(np.mean([np.log(text.segment_tokens) for text in texts])))
 
 
 def test_a_usual_text_has_no_drivers() -> None:
     fit, texts = fit_of()
-    usual = {name: float(np.mean([getattr(text, name) for text in texts])) for name in SHARES}
+    usual = {name: float(np.mean([math.sqrt(getattr(text, name)) for text in texts]) ** 2) for name in SHARES}
     length = float(np.exp(np.mean([np.log(text.segment_tokens) for text in texts])))
     assert Predictor(fit).predict(text_like(**usual, segment_tokens=length)).drivers == ()
 

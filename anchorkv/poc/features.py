@@ -33,7 +33,8 @@ RARE_PIECES, COMMON = 3, 4000
 they learned, the most frequent first."""
 LATELY = 60
 """Words. What returns sooner is still whole in the recent window; for what returns later anchors have to do."""
-PHRASE = 3
+PHRASE = 5
+"""Words and marks: short runs come back by chance, longer ones are quoted."""
 
 _KANA, _KANJI = "ぁ-ゖァ-ヺー", "一-鿿々〆㐀-䶿"
 WORD = re.compile(rf"[{_KANJI}]+|[ァ-ヺー]+|[ぁ-ゖ]+|(?:(?![{_KANJI}{_KANA}])[^\W_])+(?:['’.,:/_-](?=\w)[^\W_]+)*")

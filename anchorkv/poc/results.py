@@ -137,7 +137,7 @@ class Features(Part):
         default=0.0, description="share of words that are no common ones and stood before, but not lately"
     )
     returning_phrases: float = Field(
-        default=0.0, description="share of words that end a run of three which stood before, but not lately"
+        default=0.0, description="share of words and marks that end a run of five which stood before, but not lately"
     )
     japanese: float = Field(description="share of letters that are kana or kanji")
     language: str

@@ -12,10 +12,11 @@ import anchorkv
 from anchorkv.serve.api import audit, chat, completions, documents, errors, health, models
 from anchorkv.serve.api.guard import Guard
 from anchorkv.serve.logs import RequestIds
+from anchorkv.serve.pages import routes as pages
 from anchorkv.serve.service import Service
 from anchorkv.serve.settings import LOOPBACK_HOSTS
 
-ROUTERS = (chat.router, completions.router, models.router, documents.router, audit.router, health.router)
+ROUTERS = (chat.router, completions.router, models.router, documents.router, audit.router, health.router, pages.router)
 
 
 def make_app(service: Service, hosts: Sequence[str] = LOOPBACK_HOSTS) -> FastAPI:

@@ -56,7 +56,7 @@ class Lineage:
         return Lineage((*(part for part in self.parts if part[1] < at or part[1] == 0), (next(_numbers), at)))
 
 
-@dataclass
+@dataclass(eq=False)
 class Held:
     """A session and where its cells come from."""
 

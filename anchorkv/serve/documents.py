@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from anchorkv.serve.requests import DocumentFacts, NotFound
 from anchorkv.session import Session
 
 log = logging.getLogger("anchorkv.serve")
+_NUMBER = re.compile(r"doc-[0-9a-f]{1,64}")
 _SCRIPTS = 32
 """Scripts kept ready, so that asking a document again does not tokenise it again."""
 
@@ -71,17 +73,37 @@ class Documents:
 
     def list(self, tenant: str) -> list[DocumentFacts]:
         """A tenant's documents, oldest first."""
+        if self.folder is not None:
+            for path in self._place(tenant).glob("doc-*.json"):
+                if (tenant, path.stem) not in self._facts:
+                    self._look_up(tenant, path.stem)
         with self._lock:
             found = [facts for (who, _), facts in self._facts.items() if who == tenant]
+        if self.folder is not None:
+            found = [facts for facts in found if self._path(facts).is_file()]
         return sorted(found, key=lambda facts: facts.created)
 
     def get(self, tenant: str, number: str) -> DocumentFacts:
         """Raises NotFound, for another tenant's document as for none at all."""
         with self._lock:
             found = self._facts.get((tenant, number))
+        if self.folder is not None and (found is None or not self._path(found).is_file()):
+            found = self._look_up(tenant, number)
         if found is None:
             raise NotFound(f"There is no document {number[:64]!r}; upload it first.")
         return found
+
+    def _look_up(self, tenant: str, number: str) -> DocumentFacts | None:
+        """What another process that uses this folder has written, or deleted, since this one looked."""
+        found = None
+        if _NUMBER.fullmatch(number):
+            with contextlib.suppress(AnchorKVError, KeyError, TypeError, ValueError, OSError):
+                found = _facts_of(_record(self._place(tenant) / f"{number}.json"))
+        with self._lock:
+            if found is None or found.tenant != tenant:
+                self._facts.pop((tenant, number), None)
+                return None
+            return self._facts.setdefault((tenant, number), found)
 
     def text(self, tenant: str, number: str) -> str:
         """Raises NotFound; SavedStateError when the file cannot be read any more."""
@@ -230,8 +252,11 @@ class Documents:
             if not record.is_file() and not record.with_suffix(".json.damaged").is_file():
                 path.unlink(missing_ok=True)
 
+    def _place(self, tenant: str) -> Path:
+        return cast(Path, self.folder) / hashlib.sha256(tenant.encode()).hexdigest()[:32]
+
     def _folder_of(self, tenant: str) -> Path:
-        folder = cast(Path, self.folder) / hashlib.sha256(tenant.encode()).hexdigest()[:32]
+        folder = self._place(tenant)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -239,10 +264,10 @@ class Documents:
         return folder
 
     def _path(self, facts: DocumentFacts) -> Path:
-        return self._folder_of(facts.tenant) / f"{facts.id}.json"
+        return self._place(facts.tenant) / f"{facts.id}.json"
 
     def _anchors(self, facts: DocumentFacts) -> Path:
-        return self._folder_of(facts.tenant) / f"{facts.id}.{self._model}.anchors"
+        return self._place(facts.tenant) / f"{facts.id}.{self._model}.anchors"
 
 
 def _facts_of(record: dict[str, Any]) -> DocumentFacts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,12 @@ from anchorkv.errors import ConfigError
 
 MOST_BYTES = 65536
 """A schema or grammar longer than this is refused."""
+MOST_REPEATS = 10_000
+"""Most that a schema may say of lengths and counts: the grammar is written out."""
+MOST_DEPTH = 64
+"""Most parentheses in parentheses: llama.cpp reads them on its own stack."""
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
+_LITERALS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*')
 
 
 class Grammar(Protocol):
@@ -39,6 +46,7 @@ def open_grammar(engine: Engine, gbnf: str | None, json_schema: str | None) -> G
         return None
     if len(gbnf.encode()) > 4 * MOST_BYTES:
         raise ConfigError(f"The grammar is longer than {4 * MOST_BYTES} bytes; make it smaller.")
+    _check_depth(gbnf)
     if engine.name != "llama":
         raise ConfigError(f"The {engine.name} engine cannot follow a grammar; use a GGUF model.")
     return LlamaGrammar(engine, gbnf)
@@ -54,23 +62,37 @@ def gbnf_of(json_schema: str) -> str:
         schema = json.loads(json_schema)
         if not isinstance(schema, dict):
             raise ConfigError("The JSON schema must be an object.")
-        _refuse_remote(schema)
+        _check(schema)
+        if "$ref" in schema:  # the converter does not look for references behind one at the top
+            schema["anyOf"] = [{"$ref": schema.pop("$ref")}]
         return str(json_schema_to_gbnf(json.dumps(schema or {"type": "object"})))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise ConfigError(f"The JSON schema cannot be followed ({reason}); simplify it.") from None
 
 
-def _refuse_remote(node: Any) -> None:
+def _check_depth(gbnf: str) -> None:
+    depth = 0
+    for sign in _LITERALS.sub("", gbnf):
+        depth += (sign == "(") - (sign == ")")
+        if depth > MOST_DEPTH:
+            raise ConfigError(f"The grammar has more than {MOST_DEPTH} parentheses in each other; give them names.")
+
+
+def _check(node: Any) -> None:
+    """Nothing is fetched, and nothing may grow without bound."""
     if isinstance(node, dict):
+        for name in _COUNTS:
+            if isinstance(node.get(name), int) and node[name] > MOST_REPEATS:
+                raise ConfigError(f"{name} in the JSON schema is {node[name]}; the most is {MOST_REPEATS}.")
         reference = node.get("$ref")
         if isinstance(reference, str) and not reference.startswith("#"):
             raise ConfigError(f"The JSON schema refers to {reference!r}; only references within it (#/…) are followed.")
         for part in node.values():
-            _refuse_remote(part)
+            _check(part)
     elif isinstance(node, list):
         for part in node:
-            _refuse_remote(part)
+            _check(part)
 
 
 class LlamaGrammar:

@@ -80,6 +80,13 @@ def clean(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
+def _extra(record: logging.LogRecord) -> dict[str, Any]:
+    """What was given as `extra`; libraries put fields of their own, with a "_", into every record."""
+    given = vars(record).items()
+    return {name: _plain(value) for name, value in given if name not in _OWN and not name.startswith("_")}
+
+
+
 class JsonFormatter(logging.Formatter):
     """One object a line: time (UTC), level, logger, message, request_id, what was given as `extra`, and the error."""
 
@@ -90,7 +97,7 @@ class JsonFormatter(logging.Formatter):
         }
         if number := request_id.get():
             found["request_id"] = number
-        found |= {name: _plain(value) for name, value in vars(record).items() if name not in _OWN}
+        found |= _extra(record)
         if record.exc_info and record.exc_info[1] is not None:
             found["error"] = list(_told(record.exc_info[1]))
         return json.dumps(found, ensure_ascii=False, default=str)
@@ -102,8 +109,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%H:%M:%S", time.localtime(record.created))
         number = f" [{request_id.get()[:12]}]" if request_id.get() else ""
-        extra = {name: _plain(value) for name, value in vars(record).items() if name not in _OWN}
-        more = "".join(f" {name}={value}" for name, value in extra.items())
+        more = "".join(f" {name}={value}" for name, value in _extra(record).items())
         lines = [f"{when} {record.levelname.lower():7} {clean(record.getMessage())}{more}{number}"]
         if record.exc_info and record.exc_info[1] is not None:
             for error in _told(record.exc_info[1]):

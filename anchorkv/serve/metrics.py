@@ -109,10 +109,9 @@ class Metrics:
     def refused(self, caller: Principal | None, refused: Refused) -> None:
         self._refused.labels(str(refused.status), refused.code or "other", self._tenant(caller)).inc()
 
-    def stepped(self, seconds: float, answers: int) -> None:
-        """In each of `answers` answers a token was written, `seconds` after the one before it."""
-        for _ in range(answers):
-            self._seconds["inter_token_latency"].observe(seconds)
+    def gap(self, seconds: float) -> None:
+        """A token was written `seconds` after the one before it in the same answer."""
+        self._seconds["inter_token_latency"].observe(seconds)
 
     def _count_cells(self, outcome: Outcome, policy: str, tenant: str) -> None:
         counts = {

@@ -67,6 +67,7 @@ def opened(
             bounds=settings.requests, drain_seconds=settings.drain_seconds, safeguard=safeguard,
         )
         service.metrics = Metrics(service, safeguard=safeguard)
+        scheduler.tell_gaps(service.metrics.gap)
         service.observers += [safeguard.watch, service.metrics, RequestLog()]
         yield service
 

@@ -25,7 +25,7 @@ def owner(tenant: str, policy: AnchorConfig) -> Owner:
     return tenant, policy.model_dump_json(exclude={"recall", "recall_cells"})
 
 
-@dataclass
+@dataclass(eq=False)
 class Parked:
     """A session that waits to be forked. `stream`: [tokens read], as `Script.stream`."""
 

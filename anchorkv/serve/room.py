@@ -160,8 +160,13 @@ class Room:
                 held = self._with_room(held.session.engine, held.fork)
             except CapacityError:
                 return  # keeping it would have been a favour to others
-        shared = slot.position in (slot.script.head, len(slot.script)) and not end
-        self.prefixes.add(Parked(held, slot.owner, stream, slot.recall, document, shared or document is not None))
+        shared = document is not None or slot.position == slot.script.head or slot.followed
+        entry = Parked(held, slot.owner, stream, slot.recall, document, shared and not end)
+        self.prefixes.add(entry)
+        if not end and not slot.reading and not slot.followed:
+            slot.prompt_end = entry
+        elif end and slot.prompt_end in self.prefixes.parked and slot.spelled:
+            self.prefixes.remove(slot.prompt_end)
 
     def _with_room(self, engine: Engine, action: Callable[[], T], keep: Parked | None = None) -> T:
         """`action`, after freeing parked sessions where the engine has no session left."""

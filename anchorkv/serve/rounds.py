@@ -49,6 +49,8 @@ class Rounds:
         self.figures = Figures()
         self.look = True
         """Something changed: a request may fit now."""
+        self.on_gap: Callable[[float], None] = lambda seconds: None
+        """Told how long each token of an answer came after the one before it."""
         self._next = 0
 
     def idle(self) -> bool:
@@ -85,7 +87,8 @@ class Rounds:
         if not (self.look or not self.running or self.figures.steps % 16 == 0):
             return
         self.look = False
-        while self._admit_one(self.waiting.heads()):
+        # Those that had to leave come back before others come in.
+        while self._admit_one(sorted(self.waiting.heads(), key=lambda slot: slot.away is None)):
             pass
 
     def _admit_one(self, heads: list[Slot]) -> bool:
@@ -100,7 +103,7 @@ class Rounds:
                 for other in passed:
                     other.overtaken += 1
                 return True
-            if slot.overtaken >= PATIENCE:
+            if slot.away is not None or slot.overtaken >= PATIENCE:
                 return False
             passed.append(slot)
         return False
@@ -122,7 +125,8 @@ class Rounds:
             here = [slot for slot in self._active() if slot.held is not None and slot.session.engine is engine]
             if len(here) < 2:
                 return self._room.ensure(engine, alone, here)
-            self._send_away(here[-1])
+            # Nobody notices when a prompt is read later; an answer that stops is seen.
+            self._send_away(next((slot for slot in reversed(here) if slot.low or slot.reading), here[-1]))
         return True
 
     def _active(self) -> list[Slot]:
@@ -281,6 +285,7 @@ class Rounds:
         return len(writing)
 
     def _draw(self, slot: Slot) -> int | None:
+        before = slot.times.last
         try:
             token = slot.draw()
         except Exception:
@@ -289,6 +294,8 @@ class Rounds:
             return None
         if token is None:
             self._finish(slot)
+        elif before and not slot.low:
+            self.on_gap(slot.times.last - before)
         return token
 
     def _step(self, writing: list[tuple[Slot, int]]) -> None:

@@ -54,6 +54,10 @@ class Scheduler:
         self._last_round = clock()
         self._measured = (0, 0, 0, 0)
 
+    def tell_gaps(self, told: Callable[[float], None]) -> None:
+        """Have `told` called, on the engine thread, with the seconds between two tokens of an answer."""
+        self._rounds.on_gap = told
+
     def start(self) -> None:
         """Begin to run what is submitted."""
         if self._thread is None:

@@ -16,7 +16,7 @@ from anchorkv.recall import RecallPlan
 from anchorkv.serve.cells import Held, most_cells
 from anchorkv.serve.facts import recalled_facts, segment_facts
 from anchorkv.serve.handle import Handle
-from anchorkv.serve.prefixes import Owner, owner
+from anchorkv.serve.prefixes import Owner, Parked, owner
 from anchorkv.serve.prompts import Script
 from anchorkv.serve.requests import Ask, DocumentFacts, Finish, Outcome
 from anchorkv.serve.writing import Writing
@@ -74,6 +74,8 @@ class Slot:
         self.position = self.cached = 0
         self.away: Away | None = None
         self.plan: RecallPlan | None = None
+        self.prompt_end: Parked | None = None
+        """Its session before the answer, which serves the next turn where that spells the answer otherwise."""
         self.ended_segment: int | None = None
         """A segment of the answer has ended, and recall is to look again."""
         self.overtaken = 0
@@ -145,6 +147,12 @@ class Slot:
             ask is not None and ask.given is None
         )
 
+    @property
+    def spelled(self) -> bool:
+        """Whether the answer's text, read as a prompt, becomes the tokens that were written."""
+        writing = self.writing
+        return writing is not None and self.engine.tokenizer.encode(writing.text) == writing.tokens
+
     def growth(self, share: float = 1.0, position: int | None = None, held: int = 0) -> int:
         """Cells that it may still come to hold beside those held now, if it comes to `share` of the most it can.
 
@@ -179,7 +187,7 @@ class Slot:
         if not self.reuse or self.upload is not None:
             return set()
         marks = {script.head, script.recall_at, self.document_end}
-        if self.followed:
+        if self.followed or (self.ask is not None and self.ask.messages):
             marks.add(len(script))
         return {mark for mark in marks if mark >= LEAST_KEPT}
 
