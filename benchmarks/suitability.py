@@ -303,6 +303,8 @@ def main() -> None:
     )
     found = judged(rows, fit)
     apart = foretold(apart, fit)
+    missed = [row["log_ratio"] - np.log(row["expected"]) for row in apart]
+    found["error_of_samples"] = float(np.sqrt(np.mean(np.square(missed)))) if missed else None
     show(rows, f"perplexity ratio to the full cache, {LENGTH:,} tokens; expected by a fit without the kind")
     show(apart, "the same of the package's samples, which are not fitted")
     Console().print(found)

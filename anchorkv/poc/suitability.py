@@ -38,7 +38,7 @@ LEAST_LOSS = 0.0
 """Of the ratio's logarithm. Texts that repeat little lose almost nothing; a line would let them gain."""
 CLIP = 2.0
 """Standard deviations beyond which a feature counts no more: a line through usual texts says little of a table."""
-DRIVERS, LEAST = 3, 0.01
+DRIVERS, LEAST = 3, 0.02
 """Most features named as drivers; a smaller part of the expected logarithm is not worth a name."""
 
 
