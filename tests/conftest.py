@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import pytest
+from exact import compute_in_fp32
 from hypothesis import settings
 
 # Machines that run tests are busy ones: a deadline would make slow look like wrong.
@@ -15,12 +15,6 @@ settings.load_profile("anchorkv")
 
 @pytest.fixture(autouse=True, scope="session")
 def _exact() -> Iterator[None]:
-    """Tests compare numbers to the last digits: fp32 on processors with bf16 instructions too."""
     with pytest.MonkeyPatch.context() as patch:
-        if find_spec("torch"):
-            import torch
-
-            from anchorkv.engines import torch_load
-
-            patch.setattr(torch_load, "best_dtype", lambda device: torch.float32)
+        compute_in_fp32(patch)
         yield

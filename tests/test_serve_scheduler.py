@@ -27,8 +27,8 @@ from anchorkv.sampling import Sampling
 from anchorkv.serve.cells import Held, distinct, most_cells
 from anchorkv.serve.engine import close_contexts, fixed, split
 from anchorkv.serve.requests import Ask, Busy, Message, Outcome, TooLarge
-from anchorkv.serve.rounds import PATIENCE
 from anchorkv.serve.scheduler import Scheduler
+from anchorkv.serve.slots import PATIENCE
 from anchorkv.serve.stops import Stops
 from anchorkv.session import Session
 

@@ -21,6 +21,7 @@ pytest.importorskip("accelerate")
 import torch.distributed as dist  # noqa: E402
 from accelerate.commands.config.config_args import load_config_from_file  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
+from exact import compute_in_fp32  # noqa: E402
 from test_trainer import POLICY, StopAfter, assert_same, weights, write_texts  # noqa: E402
 from tiny import save_tiny  # noqa: E402
 
@@ -197,4 +198,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    compute_in_fp32(pytest.MonkeyPatch())
     main(sys.argv[1:])

@@ -7,6 +7,7 @@ tokens and its policy alone (nothing that recall brought back is ever parked). T
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -38,6 +39,8 @@ class Parked:
     """Id of the document that ends where this session stands."""
     shared: bool = False
     """Whether many may go on from here: a document, a system prompt, a prompt with several answers."""
+    wanted: bool = False
+    """Whether a waiting request goes on from here: evicting it would have all of it read again."""
     used: int = 0
 
     @property
@@ -52,7 +55,9 @@ class Parked:
     def begins(self, stream: Ints) -> bool:
         """Whether `stream` goes on where this one ends, or ends there with something to write on."""
         size = len(self.stream)
-        if size > len(stream) or (size == len(stream) and self.held.session.logits is None):
+        if size > len(stream) or stream[size - 1] != self.stream[-1]:  # which tells most of them apart at once
+            return False
+        if size == len(stream) and self.held.session.logits is None:
             return False
         return bool(np.array_equal(self.stream, stream[:size]))
 
@@ -75,6 +80,12 @@ class Prefixes:
         self._touch(found)
         return found
 
+    def want(self, entries: Iterable[Parked | None]) -> None:
+        """These, and no others, are what waiting requests go on from."""
+        wanted = {id(entry) for entry in entries}
+        for entry in self.parked:
+            entry.wanted = id(entry) in wanted
+
     def holds(self, who: Owner, stream: Ints) -> bool:
         """Whether a session stands exactly at the end of `stream`."""
         return any(
@@ -92,12 +103,15 @@ class Prefixes:
         if not entry.shared:
             entry.used = 0
 
-    def evict(self, keep: Parked | None = None, engine: Engine | None = None) -> bool:
-        """Free the least recently used one (of `engine`), `keep` excepted. False when there is none."""
-        candidates = [e for e in self.parked if e is not keep and engine in (None, e.engine)]
+    def evict(self, keep: Parked | None = None, engine: Engine | None = None, wanted: bool = True) -> bool:
+        """Free the least recently used one (of `engine`), `keep` excepted, and unless `wanted` those that are. False
+        when there is none."""
+        candidates = [
+            e for e in self.parked if e is not keep and engine in (None, e.engine) and (wanted or not e.wanted)
+        ]
         if not candidates:
             return False
-        self.remove(min(candidates, key=lambda entry: entry.used))
+        self.remove(min(candidates, key=lambda entry: (entry.wanted, entry.used)))
         return True
 
     def remove(self, entry: Parked) -> None:

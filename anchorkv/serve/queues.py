@@ -1,4 +1,4 @@
-"""Who is next: the oldest request of each tenant, the tenants in turn."""
+"""Who is next: the tenants in turn, and of each its oldest request, or an older conversation before a new one."""
 
 from __future__ import annotations
 
@@ -33,12 +33,21 @@ class Queues:
                 queue.append(slot)
 
     def heads(self) -> list[Slot]:
-        """The oldest of each tenant, the tenant served longest ago first."""
+        """One of each tenant, the tenant served longest ago first: one that had to leave the engine, else the oldest
+        that goes on from what is held, unless the very oldest is pressing, else that one.
+
+        Were the oldest always first, it might push out of memory just what the next ones go on from.
+        """
         with self._lock:
-            return [queue[0] for queue in self._tenants.values()]
+            return [_head(queue) for queue in self._tenants.values()]
 
     def admitted(self, slot: Slot) -> None:
         """`slot` runs now: its tenant goes to the end of the line."""
+        with self._lock:
+            for older in self._tenants[slot.tenant]:
+                if older is slot:
+                    break
+                older.overtaken += 1
         self.remove(slot)
         with self._lock:
             if slot.tenant in self._tenants:
@@ -50,3 +59,10 @@ class Queues:
             queue.remove(slot)
             if not queue:
                 del self._tenants[slot.tenant]
+
+
+def _head(queue: deque[Slot]) -> Slot:
+    oldest = queue[0]
+    if oldest.away is not None or oldest.pressing:
+        return oldest
+    return next((slot for slot in queue if slot.expected), oldest)

@@ -123,23 +123,26 @@ class Room:
         self, engine: Engine, more: int, new: Slot, running: Sequence[Slot], keep: Parked | None
     ) -> bool:
         """Free parked sessions of `engine`, `keep` excepted, until `more` cells for `new` fit beside what was promised;
-        none where that would not be enough."""
+        none where that would not be enough. What other waiting requests go on from stays, unless `new` presses."""
         here = [slot for slot in running if slot.held is not None and slot.session.engine is engine]
         more += max(scratch_cells(slot.policy) for slot in (*here, new)) + sum(self._growth(slot) for slot in here)
-        least = distinct([*(s.held.keys() for s in here if s.held), *([keep.keys] if keep is not None else [])])
+        all_may_go = not here or new.pressing
+        wanted = [e for e in self.prefixes.parked if e.engine is engine and e.wanted and not all_may_go]
+        stays = [e.keys for e in {*wanted, *([keep] if keep is not None else [])}]
         # Alone on an engine a request fits, whatever others have come to hold of late.
-        if least + more > self.cells and (here or keep is not None):
+        if distinct([*(s.held.keys() for s in here if s.held), *stays]) + more > self.cells and (here or stays):
             return False
         while self.used(running, engine) + more > self.cells:
-            if not self.prefixes.evict(keep, engine):
+            if not self.prefixes.evict(keep, engine, all_may_go):
                 break
         return True
 
-    def ensure(self, engine: Engine, more: int, running: Sequence[Slot]) -> bool:
-        """Whether `more` cells are free on `engine` now; parked sessions make way for them."""
+    def ensure(self, engine: Engine, more: int, running: Sequence[Slot], all_may_go: bool = False) -> bool:
+        """Whether `more` cells are free on `engine` now; parked sessions make way for them, those that waiting requests
+        go on from only if `all_may_go`."""
         while self._at_most[id(engine)] + more > self.cells:
             self._at_most[id(engine)] = self.used(running, engine)
-            if self._at_most[id(engine)] + more > self.cells and not self.prefixes.evict(engine=engine):
+            if self._at_most[id(engine)] + more > self.cells and not self.prefixes.evict(None, engine, all_may_go):
                 return False
         self._at_most[id(engine)] += more
         return True
@@ -163,10 +166,10 @@ class Room:
         shared = document is not None or slot.position == slot.script.head or slot.followed
         entry = Parked(held, slot.owner, stream, slot.recall, document, shared and not end)
         self.prefixes.add(entry)
-        if not end and not slot.reading and not slot.followed:
-            slot.prompt_end = entry
-        elif end and slot.prompt_end in self.prefixes.parked and slot.spelled:
-            self.prefixes.remove(slot.prompt_end)
+        if not entry.shared:  # the furthest serves the next turn best
+            if slot.left in self.prefixes.parked:
+                self.prefixes.remove(slot.left)
+            slot.left = entry
 
     def _with_room(self, engine: Engine, action: Callable[[], T], keep: Parked | None = None) -> T:
         """`action`, after freeing parked sessions where the engine has no session left."""

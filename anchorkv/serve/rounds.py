@@ -16,18 +16,16 @@ from anchorkv.errors import AnchorKVError, CapacityError
 from anchorkv.serve.cells import scratch_cells
 from anchorkv.serve.documents import Documents, Snapshot
 from anchorkv.serve.figures import Figures, mean
-from anchorkv.serve.prefixes import owner
+from anchorkv.serve.prefixes import Parked, owner
 from anchorkv.serve.queues import Queues
 from anchorkv.serve.requests import DocumentFacts, Finish
 from anchorkv.serve.room import Room
-from anchorkv.serve.slots import LEAST_KEPT, Slot, Upload
+from anchorkv.serve.slots import LEAST_KEPT, Slot, Upload, common
 from anchorkv.serve.steps import step
 
 log = logging.getLogger("anchorkv.serve")
 LEAST_SLICE = 32
 """Tokens of a prompt that are read between two steps, at least."""
-PATIENCE = 16
-"""Requests that may be admitted before an older one that does not fit yet; then all wait for it."""
 BACKGROUND_SLICE = 64
 """Tokens that a request of low priority reads at a time."""
 
@@ -86,6 +84,11 @@ class Rounds:
         # What running requests free on their way makes room as well, so look now and then without being told.
         if not (self.look or not self.running or self.figures.steps % 16 == 0):
             return
+        if self.look:
+            found = {slot: self._cached(slot) for slot in self.waiting.all()}
+            for slot, entry in found.items():
+                slot.expected = len(entry.stream) if entry is not None else 0
+            self._room.prefixes.want(found.values())
         self.look = False
         # Those that had to leave come back before others come in.
         while self._admit_one(sorted(self.waiting.heads(), key=lambda slot: slot.away is None)):
@@ -103,7 +106,7 @@ class Rounds:
                 for other in passed:
                     other.overtaken += 1
                 return True
-            if slot.away is not None or slot.overtaken >= PATIENCE:
+            if slot.away is not None or slot.pressing:
                 return False
             passed.append(slot)
         return False
@@ -124,7 +127,7 @@ class Rounds:
         while not self._room.ensure(engine, more, self._active()):
             here = [slot for slot in self._active() if slot.held is not None and slot.session.engine is engine]
             if len(here) < 2:
-                return self._room.ensure(engine, alone, here)
+                return self._room.ensure(engine, alone, here, all_may_go=True)
             # Nobody notices when a prompt is read later; an answer that stops is seen.
             self._send_away(next((slot for slot in reversed(here) if slot.low or slot.reading), here[-1]))
         return True
@@ -152,17 +155,19 @@ class Rounds:
         for leader in self.running:
             if not leader.reading or leader.owner != slot.owner or not leader.reuse:
                 continue
-            common = _common(leader, slot)
+            common = common(leader, slot)
             if common == len(leader.script) and leader.recall == slot.recall:
                 leader.followed = True
             marks = [mark for mark in leader.marks() if leader.position < mark <= common]
-            if marks and max(marks) >= self._cached(slot) + LEAST_KEPT:
+            found = self._cached(slot)
+            if marks and max(marks) >= (len(found.stream) if found is not None else 0) + LEAST_KEPT:
                 return True
         return False
 
-    def _cached(self, slot: Slot) -> int:
-        found = self._room.prefixes.find(slot.owner, slot.stream, slot.script.recall_at, slot.recall)
-        return len(found.stream) if found is not None else 0
+    def _cached(self, slot: Slot) -> Parked | None:
+        if slot.away is not None or not slot.reuse:
+            return None
+        return self._room.prefixes.find(slot.owner, slot.stream, slot.script.recall_at, slot.recall)
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -386,10 +391,3 @@ class Rounds:
         figures.step_seconds, figures.read_rate = before.step_seconds, before.read_rate
         figures.prefill_seconds, figures.decode_seconds = before.prefill_seconds, before.decode_seconds
         figures.low_seconds += self._clock() - begun
-
-
-def _common(one: Slot, other: Slot) -> int:
-    """Tokens that two scripts begin with alike."""
-    size = min(len(one.stream), len(other.stream))
-    differ = (one.stream[:size] != other.stream[:size]).nonzero()[0]
-    return int(differ[0]) if len(differ) else size

@@ -22,6 +22,8 @@ from anchorkv.serve.requests import Ask, DocumentFacts, Finish, Outcome
 from anchorkv.serve.writing import Writing
 from anchorkv.session import Session, next_logits
 
+PATIENCE = 16
+"""Requests that may be admitted before an older one; then all wait for it."""
 LEAST_GROWTH = 8
 """Cells that a request is thought to grow by, however many it holds."""
 LEAST_KEPT = 32
@@ -74,10 +76,12 @@ class Slot:
         self.position = self.cached = 0
         self.away: Away | None = None
         self.plan: RecallPlan | None = None
-        self.prompt_end: Parked | None = None
-        """Its session before the answer, which serves the next turn where that spells the answer otherwise."""
+        self.left: Parked | None = None
+        """What it has left for its conversation's next turn so far."""
         self.ended_segment: int | None = None
         """A segment of the answer has ended, and recall is to look again."""
+        self.expected = 0
+        """Tokens that it would not have to read, when this was last looked up."""
         self.overtaken = 0
         """Requests that came later and were admitted before it."""
         self.followed = False
@@ -102,6 +106,11 @@ class Slot:
     @property
     def reuse(self) -> bool:
         return not self.low and (self.ask is None or self.ask.reuse)
+
+    @property
+    def pressing(self) -> bool:
+        """Whether it has been overtaken often enough."""
+        return self.overtaken >= PATIENCE
 
     @property
     def cancelled(self) -> bool:
@@ -143,15 +152,16 @@ class Slot:
     def keeps_answer(self) -> bool:
         """Whether a later turn may go on from here: what was written is what the caller got, word for word."""
         ask, writing = self.ask, self.writing
-        return self.reuse and self.pure and writing is not None and writing.stop is None and (
-            ask is not None and ask.given is None
-        )
+        written = writing is not None and writing.stop is None and ask is not None and ask.given is None
+        return self.reuse and self.pure and written and self.spelled
 
     @property
     def spelled(self) -> bool:
-        """Whether the answer's text, read as a prompt, becomes the tokens that were written."""
-        writing = self.writing
-        return writing is not None and self.engine.tokenizer.encode(writing.text) == writing.tokens
+        """Whether a next turn that repeats the answer reads the tokens that were written."""
+        writing, ask = self.writing, self.ask
+        if writing is None or ask is None or not ask.messages:
+            return True
+        return self.engine.tokenizer.encode(writing.text) == writing.tokens
 
     def growth(self, share: float = 1.0, position: int | None = None, held: int = 0) -> int:
         """Cells that it may still come to hold beside those held now, if it comes to `share` of the most it can.
@@ -317,3 +327,10 @@ class Slot:
         if self.held is not None:
             self.held.session.close()
         self.held, self.away, self.plan, self.position, self.cached = None, None, None, 0, 0
+
+
+def common(one: Slot, other: Slot) -> int:
+    """Tokens that two scripts begin with alike."""
+    size = min(len(one.stream), len(other.stream))
+    differ = (one.stream[:size] != other.stream[:size]).nonzero()[0]
+    return int(differ[0]) if len(differ) else size
