@@ -155,10 +155,10 @@ class Rounds:
         for leader in self.running:
             if not leader.reading or leader.owner != slot.owner or not leader.reuse:
                 continue
-            common = common(leader, slot)
-            if common == len(leader.script) and leader.recall == slot.recall:
+            shared = common(leader, slot)
+            if shared == len(leader.script) and leader.recall == slot.recall:
                 leader.followed = True
-            marks = [mark for mark in leader.marks() if leader.position < mark <= common]
+            marks = [mark for mark in leader.marks() if leader.position < mark <= shared]
             found = self._cached(slot)
             if marks and max(marks) >= (len(found.stream) if found is not None else 0) + LEAST_KEPT:
                 return True
