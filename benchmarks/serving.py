@@ -70,10 +70,12 @@ class Anchored:
     url: str
     client: httpx.AsyncClient
     settings: str = ""
+    recall: str = ""
 
     async def say(self, number: int, messages: Messages, write: int) -> Answer:
         answer = Answer()
         body = {
+            **({"anchorkv": {"recall": self.recall}} if self.recall else {}),
             "messages": messages, "max_tokens": write, "ignore_eos": True, "temperature": 0, "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -212,9 +214,12 @@ async def anchored(
 ) -> dict[str, Any]:
     """The figures of `anchorkv serve`."""
     with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / "serve.yaml"
+        settings.write_text("requests: {seconds: 86400, read_seconds: 86400}\n")  # what waits long is measured too
         command = [
             sys.executable, "-m", "anchorkv", "serve", "--cells", str(cells), "--threads", str(options.threads),
-            "--port", str(options.port), "--data", folder, "--max-sessions", "200", "--log-level", "error",
+            "--config", str(settings), "--port", str(options.port), "--data", folder, "--max-sessions", "200",
+            "--log-level", "error",
             *(["--model", options.model] if options.model else []),
             *(["--policy", options.policy] if options.policy else []),
         ]
@@ -224,7 +229,8 @@ async def anchored(
         try:
             async with httpx.AsyncClient(timeout=None, limits=limits) as client:
                 await _ready(client, url, process)
-                side = Anchored(url, client, options.policy or "the model's own policy")
+                named = f"{options.policy or 'own'} policy, recall {options.recall or 'as it says'}"
+                side = Anchored(url, client, named, options.recall)
                 return await load(side, talks, new, options.answer)
         finally:
             process.terminate()
@@ -273,6 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="GGUF file; without it the built-in model")
     parser.add_argument("--policy", help="of the server; without it the model's own")
+    parser.add_argument("--recall", choices=("off", "on", "auto"), help="without it as the policy says")
     parser.add_argument("--tokens", type=int, default=4000, help="of a conversation")
     parser.add_argument("--slots", type=int, default=4, help="full conversations that the KV memory is made for")
     parser.add_argument("--times", type=float, default=11, help="conversations of anchorkv for one of the peer's")
