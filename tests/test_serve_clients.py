@@ -202,7 +202,7 @@ def test_sigterm_lets_a_stream_end_and_exits_with_0(tmp_path: Path) -> None:
     server = Process(tmp_path)
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     stream = client.chat.completions.create(
-        **{**asked(), "max_tokens": 300}, stream=True, extra_body={"ignore_eos": True}
+        **{**asked(), "max_tokens": 4000}, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     server.process.send_signal(signal.SIGTERM)
