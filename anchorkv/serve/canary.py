@@ -9,7 +9,6 @@ asked as well: what it answers rightly the policy lost; what it does not, the mo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from anchorkv.evaluate.ways import FULL
 from anchorkv.poc.documents import collect
 from anchorkv.poc.questions import own_questions
 from anchorkv.serve.audit.record import EVERY_TENANT
+from anchorkv.serve.background import Background
 from anchorkv.serve.check import Run
 from anchorkv.serve.findings import Findings
 from anchorkv.serve.policies import Chosen
@@ -87,7 +87,7 @@ class Canary:
         self.settings, self.questions, self._findings, self._run = settings, tuple(questions), findings, run
         self._policy_of, self._clock, self._trips = policy_of, clock, trips
         self._last: float | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._asking = Background(self._on_time)
         self.results: tuple[CanaryResult, ...] = ()
         """Of the last run."""
         self.runs = 0
@@ -174,15 +174,11 @@ class Canary:
     # --- the schedule ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        if self._task is None and self.questions:
-            self._task = asyncio.get_running_loop().create_task(self._on_time())
+        if self.questions:
+            self._asking.start()
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await self._asking.stop()
 
     async def _on_time(self) -> None:
         while True:

@@ -8,7 +8,6 @@ once more in the background, and that answer is checked.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -20,6 +19,7 @@ from typing import Any
 from anchorkv.errors import AnchorKVError, CapacityError
 from anchorkv.sampling import Sampling
 from anchorkv.serve.auth import Principal
+from anchorkv.serve.background import Background
 from anchorkv.serve.breaker import Breaker
 from anchorkv.serve.check import Check, CheckFailed, Run, Source, check, whole
 from anchorkv.serve.findings import Findings
@@ -77,7 +77,7 @@ class Watch:
         self._random = random.Random(seed)
         self._jobs: deque[_Job] = deque()
         self._there = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._checking = Background(self._work)
         self._working = False
         self.counts: Counter[str] = Counter()
         """answers, checked, probed, whole (nothing had been dropped), and what was not checked, by reason."""
@@ -154,16 +154,11 @@ class Watch:
     # --- the work ----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._work())
+        self._checking.start()
 
     async def stop(self) -> None:
         """Leave what waits, and save."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
+        await self._checking.stop()
         await asyncio.to_thread(self.findings.save)
 
     async def idle(self) -> None:
