@@ -10,6 +10,7 @@ import bm25s
 import numpy as np
 import numpy.typing as npt
 
+from anchorkv.config import RecallMode
 from anchorkv.ledger import State
 from anchorkv.session import Session
 
@@ -81,18 +82,11 @@ class RecallPlan:
 
     def update(self, query: str) -> list[int]:
         """Recall for `query` what the budget allows, best first, releasing what ranks lower. Returns the new ones."""
-        session, config = self.session, self.session.config
-        if config.recall == "off" or config.recall_cells == 0:
+        session = self.session
+        found = self.worth(query, session.config.recall)
+        if found is None:
             return []
-        dropped = session.ledger.dropped_segments()
-        candidates = sorted({*dropped, *session.recalled})
-        if not candidates:
-            return []
-        passages = [self.text_of(segment) for segment in candidates]
-        scores = self.ranker.scores(passages, query)
-        ceiling = self.ranker.ceiling(passages, query) if config.recall == "auto" else 0.0
-        if not scores.any() or scores.max() < self.AUTO_SHARE * ceiling:
-            return []
+        candidates, scores = found
         chosen = self._affordable(candidates, _with_neighbours(candidates, scores))
         for segment in session.recalled:
             if segment not in chosen:
@@ -102,6 +96,20 @@ class RecallPlan:
             session.recall(segment, "recalled for the question")
         self.brought.extend(new)
         return new
+
+    def worth(self, query: str, mode: RecallMode) -> tuple[list[int], npt.NDArray[np.float32]] | None:
+        """The segments that could be brought back and their scores for `query`; None where recall `mode` would leave
+        it: nothing was dropped, nothing speaks for a segment, or too little for `auto`."""
+        session = self.session
+        if mode == "off" or session.config.recall_cells == 0:
+            return None
+        candidates = sorted({*session.ledger.dropped_segments(), *session.recalled})
+        if not candidates:
+            return None
+        passages = [self.text_of(segment) for segment in candidates]
+        scores = self.ranker.scores(passages, query)
+        ceiling = self.ranker.ceiling(passages, query) if mode == "auto" else 0.0
+        return (candidates, scores) if scores.any() and scores.max() >= self.AUTO_SHARE * ceiling else None
 
     def _affordable(self, candidates: Sequence[int], scores: npt.NDArray[np.float32]) -> set[int]:
         left, chosen = self.session.config.recall_cells, set()

@@ -59,14 +59,8 @@ def _same_as(document: Document, question: Question, found: Mapping[RecallMode, 
 
 
 def auto_recalls(document: Document, query: str) -> bool:
-    """Whether "auto" would recall for `query`: RecallPlan's own test, without paying for the recall."""
-    session = document.session
-    plan = RecallPlan(session, document.ranker)
-    passages = [plan.text_of(segment) for segment in session.ledger.dropped_segments()]
-    if not passages or not session.config.recall_cells:
-        return False
-    scores = plan.ranker.scores(passages, query)
-    return bool(scores.any() and scores.max() >= plan.AUTO_SHARE * plan.ranker.ceiling(passages, query))
+    """Whether "auto" would recall for `query`, without paying for the recall."""
+    return RecallPlan(document.session, document.ranker).worth(query, "auto") is not None
 
 
 def _asked(document: Document, question: Question, mode: RecallMode) -> Record:
