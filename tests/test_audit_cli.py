@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from audit_records import SECRET, record
+from command import Command
 from fake_engine import FakeEngine
-from typer.testing import CliRunner
 
 import anchorkv.models
-from anchorkv.cli import audit
-from anchorkv.cli.app import _Program
 from anchorkv.config import preset
 from anchorkv.extract import extract
 from anchorkv.sampling import Sampling
@@ -26,9 +23,8 @@ from anchorkv.serve.recording import record_of
 from anchorkv.serve.requests import Ask, Message
 from anchorkv.serve.scheduler import Scheduler
 
-runner = CliRunner()
-program = typer.Typer(cls=_Program)
-program.add_typer(audit.app, name="audit")
+call = Command("audit", COLUMNS="200")
+refused = call.refused
 DOCUMENT = "The engineer of the bridge is Ada Miller. She built 12 bridges in 1902. The river is called Sten. " * 8
 
 
@@ -44,21 +40,6 @@ def store(database: Path) -> Iterator[AuditStore]:
         opened.append(record(1, fallback=[{"step": "recall", "reason": "low confidence"}]))
         opened.append(record(2, tenant="inn", model="large"))
         yield opened
-
-
-def call(*arguments: object, code: int = 0) -> Any:
-    result = runner.invoke(program, ["audit", *map(str, arguments)], env={"COLUMNS": "200"})
-    assert result.exit_code == code, result.output
-    return result
-
-
-def refused(*arguments: object) -> str:
-    """The one sentence on standard error of a command that exits with code 2."""
-    result = call(*arguments, code=2)
-    assert result.stdout == ""
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
-    return str(result.stderr)
 
 
 def as_json(*arguments: object, code: int = 0) -> Any:

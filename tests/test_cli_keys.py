@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
+from command import Command
 
-from anchorkv.cli import keys
-from anchorkv.cli.app import _Program
 from anchorkv.serve import keys as keys_module
 from anchorkv.serve.auth import KeyGate, Principal
 from anchorkv.serve.keys import KeyFile
 from anchorkv.serve.refusals import Refused
 
-runner = CliRunner()
-program = typer.Typer(cls=_Program)
-program.add_typer(keys.app, name="keys")
+call = Command("keys", COLUMNS="160")
+refused = call.refused
 
 
 @pytest.fixture(autouse=True)
@@ -32,25 +28,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "new" / "keys.json"
 
 
-def call(*arguments: object, code: int = 0, **environment: str) -> Any:
-    result = runner.invoke(program, ["keys", *map(str, arguments)], env={"COLUMNS": "160", **environment})
-    assert result.exit_code == code, result.output
-    return result
-
-
 def add(*arguments: object) -> tuple[str, str]:
     """The key, and its id."""
     text = call("add", *arguments).stdout.strip()
     return text, text.split("_")[1]
-
-
-def refused(*arguments: object) -> str:
-    """The one sentence on standard error of a command that exits with code 2."""
-    result = call(*arguments, code=2)
-    assert result.stdout == ""
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
-    return str(result.stderr)
 
 
 def listed(*arguments: object) -> list[dict[str, Any]]:

@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import tiny_gguf
+from command import Command
 from fake_engine import FakeEngine
-from typer.testing import CliRunner
 
 import anchorkv.cli.evaluate
 import anchorkv.models
-from anchorkv.cli import app
 from anchorkv.cli.evaluate import _Progress
 from anchorkv.cli.screen import Bar
 from anchorkv.errors import CapacityError
@@ -29,7 +28,8 @@ from anchorkv.evaluate.tasks.perplexity import Perplexity
 
 OPTIONS = "perplexity:length=300,first=40,texts=books"
 PROSE = "The engineer of the bridge is Ada Miller. She built 12 bridges in 1902.\n\nThe river is called Sten. " * 8
-runner = CliRunner()
+call = Command("eval")
+refused = call.refused
 
 
 @pytest.fixture(autouse=True)
@@ -58,21 +58,6 @@ def draw(monkeypatch: pytest.MonkeyPatch) -> Any:
     plain = anchorkv.cli.evaluate._pictures
     monkeypatch.setattr("anchorkv.cli.evaluate._pictures", lambda *_: [])
     return plain
-
-
-def call(*arguments: object, code: int = 0) -> Any:
-    result = runner.invoke(app, ["eval", *(str(argument) for argument in arguments)])
-    assert result.exit_code == code, result.output
-    return result
-
-
-def refused(*arguments: object) -> str:
-    """The one sentence on standard error of a command that exits with code 2."""
-    result = call(*arguments, code=2)
-    assert result.stdout == ""
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
-    return str(result.stderr)
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, then: Callable[[int], None] = lambda _: None) -> list[str]:
@@ -188,7 +173,7 @@ def test_what_fails_is_said(data: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_mistakes_are_one_sentence(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anchorkv.cli.evaluate.load", lambda *_, **__: pytest.fail("no model is needed for this"))
+    monkeypatch.setattr("anchorkv.evaluate.run.load", lambda *_, **__: pytest.fail("no model is needed for this"))
     assert "no task 'perplexty'; choose among perplexity, qa" in refused("perplexty", "-d", data)
     assert "no policy 'defalt'; choose one of full" in refused(OPTIONS, "-d", data, "-p", "defalt")
     assert "'reductio=24' is no field=value" in refused(OPTIONS, "-d", data, "-p", "default:reductio=24")

@@ -11,24 +11,24 @@ from typing import Any
 
 import pytest
 import tiny_gguf
+from command import Command
 from fake_engine import FakeEngine
 from rich.console import Console
-from typer.testing import CliRunner
 
 import anchorkv.evaluate.statistics
 import anchorkv.models
 import anchorkv.poc.run
-from anchorkv.cli import app
-from anchorkv.evaluate.run import RECORDS, Record
+from anchorkv.evaluate.run import RECORDS, Models, Record
 from anchorkv.poc import measure
 from anchorkv.poc.live import View, final
 from anchorkv.poc.plan import Plan
 from anchorkv.poc.results import PocReport
 from anchorkv.poc.rollout import Rollout
-from anchorkv.poc.run import OwnModels, Run
+from anchorkv.poc.run import Run
 
 SECRET = "The valve of Lisbon opens at 4711 bar."
-runner = CliRunner()
+call = Command("poc")
+refused = call.refused
 
 
 @pytest.fixture(autouse=True)
@@ -92,21 +92,6 @@ def texts(tmp_path: Path) -> Path:
             lines = [f"The pump of deck {number}{n} in the {area} ran for {n + 30} hours." for n in range(8)]
             (folder / area / f"{number}.txt").write_text(" ".join([*lines, SECRET, f"End {number} {area}."]))
     return folder
-
-
-def call(*arguments: object, code: int = 0) -> Any:
-    result = runner.invoke(app, ["poc", *map(str, arguments)])
-    assert result.exit_code == code, f"{result.output}{result.exception!r}"
-    return result
-
-
-def refused(*arguments: object) -> str:
-    """The one sentence on standard error of a command that exits with code 2."""
-    result = call(*arguments, code=2)
-    assert result.stdout == ""
-    assert result.stderr.startswith("Error: ")
-    assert result.stderr.count("\n") == 1
-    return str(result.stderr)
 
 
 def jobs_measured(monkeypatch: pytest.MonkeyPatch, then: Callable[[int], None] = lambda _: None) -> list[str]:
@@ -374,7 +359,7 @@ def test_documents_are_data(texts: Path, draw: Callable[[], None]) -> None:
 def test_the_view_shows_areas_as_they_are_measured(texts: Path) -> None:
     console = Console(width=140, force_terminal=False)
     shown: list[str] = []
-    models = OwnModels()
+    models = Models()
     with models, View(console, quiet=True) as view:
         running = Run(Plan(folder=texts), models)
 
@@ -398,7 +383,7 @@ def test_the_view_shows_areas_as_they_are_measured(texts: Path) -> None:
 
 def test_on_a_terminal_the_table_fills_in_and_goes_away(texts: Path) -> None:
     console = Console(width=100, force_terminal=True, file=io.StringIO(), legacy_windows=False)
-    models = OwnModels()
+    models = Models()
     with models, View(console) as view:
         Run(Plan(folder=texts), models).measure(view)
     written = console.file.getvalue()  # type: ignore[attr-defined]

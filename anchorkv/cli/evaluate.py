@@ -12,18 +12,14 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from anchorkv.cli.options import JsonOption
+from anchorkv.cli.options import JsonOption, ModelOption, PlannedEngineOption, ThreadsOption
 from anchorkv.cli.screen import Bar, merging_bar, note, print_json, stdout, work_bar
-from anchorkv.config import AnchorConfig
 from anchorkv.errors import AnchorKVError, SavedStateError
 from anchorkv.evaluate.environment import environment, models_of
 from anchorkv.evaluate.plan import TASKS, Plan
 from anchorkv.evaluate.report import RESULTS, Job, live, results, save, table
 from anchorkv.evaluate.run import Models, Store, Task, run, settings_of
 from anchorkv.evaluate.ways import Way
-from anchorkv.models import EngineName, load
-
-_PANEL = "Model"
 
 
 def evaluate(
@@ -41,13 +37,9 @@ def evaluate(
     fresh: Annotated[bool, Option("--fresh", help="Measure anew what was measured already.")] = False,
     skip_bad_rows: Annotated[bool, Option("--skip-bad-rows", help="Pass over bad rows of data; count them.")] = False,
     seed: Annotated[int | None, Option(min=0, help="Of everything drawn.", show_default="0")] = None,
-    model: Annotated[str | None, Option(
-        "--model", "-m", rich_help_panel=_PANEL, metavar="ID|DIR|GGUF",
-        help="Hub id, local folder or GGUF file; without it the built-in SmolLM2-135M-Instruct.")] = None,
-    engine: Annotated[EngineName | None, Option(
-        "--engine", rich_help_panel=_PANEL, help="auto takes llama for GGUF files.", show_default="auto")] = None,
-    threads: Annotated[int | None, Option(
-        "--threads", rich_help_panel=_PANEL, min=1, help="Processor threads.")] = None,
+    model: ModelOption = None,
+    engine: PlannedEngineOption = None,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure quality, memory and speed, every policy on the same items. Goes on where an interrupted run stopped."""
@@ -59,9 +51,11 @@ def evaluate(
     for task in tasks:
         plan.ways(task)  # an unknown policy should be told before a model is loaded
         task.items()  # and missing data
-    models = _Models(plan.model, engine=plan.engine or "auto", threads=plan.threads)
+    models = Models(plan.model, engine=plan.engine or "auto", threads=plan.threads)
     with models:
-        work = [(task, plan.ways(task, models.own())) for task in tasks]
+        with merging_bar() as progress:
+            own = models.own(progress)
+        work = [(task, plan.ways(task, own)) for task in tasks]
         settings = settings_of(tasks, _union(work), models)
         folder = plan.out or Path("evaluation") / _name(settings)
         if fresh:
@@ -82,17 +76,6 @@ def evaluate(
         for job in jobs:
             stdout().print(table(job, stdout().width))
     _tell(jobs, path)
-
-
-class _Models(Models):
-    """The models of the command line: merging the built-in adapter has its bar."""
-
-    def own(self) -> AnchorConfig:
-        """The model's own policy: what "default" means. Raises ModelError when it cannot be loaded."""
-        if True not in self._loaded:
-            with merging_bar() as progress:
-                self._loaded[True] = load(self.name, engine=self.engine, threads=self.threads, progress=progress)
-        return self._loaded[True].policy
 
 
 def _measure(work: Sequence[tuple[Task, list[Way]]], models: Models, store: Store, quiet: bool) -> list[Job]:

@@ -27,17 +27,22 @@ def _option(*names: str, help: str, panel: str, **more: Any) -> Any:
 
 _MODEL, _POLICY, _SAMPLING = "Model", "Policy: what stays in the cache", "Writing"
 
+ModelOption = Annotated[str | None, _option(
+    "--model", "-m", panel=_MODEL, metavar="ID|DIR|GGUF",
+    help="Hub id, local folder or GGUF file; without it the built-in SmolLM2-135M-Instruct.")]
+PlannedEngineOption = Annotated[EngineName | None, _option(
+    "--engine", panel=_MODEL, show_default="auto", help="auto takes llama for GGUF files.")]
+"""Of commands that may take it from a plan: None where it was not given."""
+ThreadsOption = Annotated[int | None, _option("--threads", panel=_MODEL, min=1, help="Processor threads.")]
+
 
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, on which engine."""
 
-    model: Annotated[str | None, _option(
-        "--model", "-m", panel=_MODEL, metavar="ID|DIR|GGUF",
-        help="Hub id, local folder or GGUF file; without it the built-in SmolLM2-135M-Instruct.")] = None
+    model: ModelOption = None
     engine: Annotated[EngineName, _option("--engine", panel=_MODEL, help="auto takes llama for GGUF files.")] = "auto"
-    threads: Annotated[int | None, _option("--threads", panel=_MODEL, min=1, help="Processor threads.")] = None
-
+    threads: ThreadsOption = None
     adapter: Annotated[bool, _option(
         "--adapter/--no-adapter", panel=_MODEL, help="Whether the built-in model uses its built-in adapter.")] = True
 

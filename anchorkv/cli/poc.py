@@ -16,10 +16,10 @@ from rich.table import Table
 from typer import Argument, Option
 from typer.core import TyperGroup
 
-from anchorkv.cli.options import JsonOption
+from anchorkv.cli.options import JsonOption, ModelOption, PlannedEngineOption, ThreadsOption
 from anchorkv.cli.screen import count, interactive, merging_bar, note, print_json, stderr, stdout
 from anchorkv.errors import ConfigError
-from anchorkv.models import EngineName
+from anchorkv.evaluate.run import Models
 from anchorkv.poc.capacity import nbytes
 from anchorkv.poc.compare import AreaComparison, Comparison, Row
 from anchorkv.poc.compare import compare as compared
@@ -29,10 +29,10 @@ from anchorkv.poc.init import ask_for_plan
 from anchorkv.poc.live import VERDICTS, View, final
 from anchorkv.poc.plan import Plan, is_plan
 from anchorkv.poc.results import Figure, PocReport
-from anchorkv.poc.run import OwnModels, Run
+from anchorkv.poc.run import Run
 
 RUN = "run"
-_MODEL, _REPORT = "Model", "Report"
+_REPORT = "Report"
 _TOLD = 5
 """Skipped files that are named; the report has all of them."""
 
@@ -83,13 +83,9 @@ def run(
     redact: Annotated[bool, Option(
         "--redact", rich_help_panel=_REPORT, help="Lengths and hashes instead of the documents' text.")] = False,
     title: Annotated[str | None, Option("--title", rich_help_panel=_REPORT, help="Its title.")] = None,
-    model: Annotated[str | None, Option(
-        "--model", "-m", rich_help_panel=_MODEL, metavar="ID|DIR|GGUF",
-        help="Hub id, local folder or GGUF file; without it the built-in SmolLM2-135M-Instruct.")] = None,
-    engine: Annotated[EngineName | None, Option(
-        "--engine", rich_help_panel=_MODEL, help="auto takes llama for GGUF files.", show_default="auto")] = None,
-    threads: Annotated[int | None, Option(
-        "--threads", rich_help_panel=_MODEL, min=1, help="Processor threads.")] = None,
+    model: ModelOption = None,
+    engine: PlannedEngineOption = None,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Does it cut our memory, does quality hold on our texts, which jobs gain, what is saved? One report says it.
@@ -102,10 +98,10 @@ def run(
         max_file_bytes=nbytes(max_size) if max_size else None, seed=seed, out=out, lang=lang, redact=redact or None,
         title=title, model=model, engine=engine, threads=threads,
     )
-    models = OwnModels(plan.model, engine=plan.engine, threads=plan.threads)
+    models = Models(plan.model, engine=plan.engine, threads=plan.threads)
     with models:
-        with merging_bar() as models.merging:
-            running = Run(plan, models, fresh=fresh)
+        with merging_bar() as merging:
+            running = Run(plan, models, fresh=fresh, merging=merging)
         if running.done:
             note(f"{running.done} of {len(running.jobs)} measurements are there already, in {running.folder}.")
         with _goes_on(running.folder), View(stderr(), quiet=as_json) as view:

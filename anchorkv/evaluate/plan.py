@@ -27,7 +27,7 @@ from anchorkv.errors import ConfigError
 from anchorkv.evaluate.run import Task
 from anchorkv.evaluate.ways import FULL, WINDOW, Way, ways
 from anchorkv.models import EngineName
-from anchorkv.optional import library
+from anchorkv.yaml_file import load_yaml
 
 TASKS = {
     "perplexity": "anchorkv.evaluate.tasks.perplexity:Perplexity",
@@ -190,17 +190,12 @@ def _placed(value: Any, folder: Path) -> Any:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    yaml = library("yaml", "plans")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path, "plans")
     except FileNotFoundError:
         raise ConfigError(f"There is no plan at {path}; check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The plan {path} cannot be read ({type(error).__name__}); save it as UTF-8 text.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or type(error).__name__
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where} is not YAML ({problem}); mend it there.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is no plan; write `tasks:` and, under it, {', '.join(TASKS)}.")
     return content

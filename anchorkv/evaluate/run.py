@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from anchorkv.config import AnchorConfig
 from anchorkv.errors import AnchorKVError, ConfigError, SavedStateError
 from anchorkv.evaluate.ways import Way
 from anchorkv.models import EngineName, Model, load
@@ -75,6 +76,15 @@ class Models:
             self._loaded[adapter] = load(self.name, engine=self.engine, threads=self.threads, adapter=adapter)
         model = self._loaded[adapter]
         return Model(model.engine, way.policy, model.adapter)
+
+    def own(self, progress: Callable[[int, int], None] | None = None) -> AnchorConfig:
+        """The model's own policy: what "default" means. Raises ModelError when it cannot be loaded.
+
+        progress: called with (bytes written, bytes in all) while an adapter is merged into the built-in model, once.
+        """
+        if True not in self._loaded:
+            self._loaded[True] = load(self.name, engine=self.engine, threads=self.threads, progress=progress)
+        return self._loaded[True].policy
 
     def close(self) -> None:
         for model in self._loaded.values():

@@ -22,6 +22,7 @@ from anchorkv.optional import library
 from anchorkv.poc.capacity import CapacityInputs
 from anchorkv.poc.documents import MAX_BYTES
 from anchorkv.poc.results import Lang, Part, Thresholds
+from anchorkv.yaml_file import load_yaml
 
 _HEAD = "# A proof of concept: run it with `anchorkv poc {name}`. Paths are relative to this file.\n"
 _PATHS = ("folder", "questions", "out")
@@ -213,18 +214,13 @@ def _aim(policy: AnchorConfig) -> float:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    yaml = library("yaml", "plans")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path, "plans")
     except FileNotFoundError:
         raise ConfigError(f"There is no plan at {path}; `anchorkv poc init {path}` writes one.") from None
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(f"The plan {path} cannot be read ({why}); save it as UTF-8 text.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or type(error).__name__
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where} is not YAML ({problem}); mend it there.") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise ConfigError(f"{path} is no plan; write options such as `folder: documents`, or run `anchorkv poc init`.")
     return content

@@ -16,11 +16,9 @@ from itertools import count, groupby
 from pathlib import Path
 
 from anchorkv import samples
-from anchorkv.config import AnchorConfig
 from anchorkv.errors import ConfigError
 from anchorkv.evaluate.metrics import contains
 from anchorkv.evaluate.run import Models, Record, Store
-from anchorkv.models import load
 from anchorkv.optional import library
 from anchorkv.poc import files, measure, speed, summary
 from anchorkv.poc.cloze import cloze
@@ -41,8 +39,12 @@ TASKS = ("document", "speed", "ground")
 class Run:
     """One proof of concept. `folder` holds all that it writes."""
 
-    def __init__(self, plan: Plan, models: OwnModels, *, fresh: bool = False) -> None:
-        """models: of the plan's model; the caller closes them. fresh: forget what an earlier run measured.
+    def __init__(
+        self, plan: Plan, models: Models, *, fresh: bool = False,
+        merging: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """models: of the plan's model; the caller closes them. fresh: forget what an earlier run measured. merging: as
+        `Models.own` calls it.
 
         Raises ConfigError, DocumentError, DataError, ModelError or SavedStateError, one sentence each.
         """
@@ -58,7 +60,7 @@ class Run:
         self.left_out: list[str] = []
         own = self._own_questions(asked, sources)
         self.models = models
-        self.ways = measure.ways_of(plan.resolved(models.own()))
+        self.ways = measure.ways_of(plan.resolved(models.own(merging)))
         engine = models.of(self.ways[0]).engine
         most = max(2, min(engine.info.window - measure.ROOM, plan.max_tokens_document or engine.info.window))
         read = [cut(source, engine.tokenizer, most) for source in sources]
@@ -202,24 +204,11 @@ class Run:
 
 def run(plan: Plan, progress: Callable[[Run], None] | None = None, *, fresh: bool = False) -> PocReport:
     """All of it. Raises what Run and its methods do."""
-    models = OwnModels(plan.model, engine=plan.engine, threads=plan.threads)
+    models = Models(plan.model, engine=plan.engine, threads=plan.threads)
     with models:
         running = Run(plan, models, fresh=fresh)
         running.measure(progress)
         return running.report()
-
-
-class OwnModels(Models):
-    """The model of a plan, which knows its own policy: what "default" means."""
-
-    merging: Callable[[int, int], None] | None = None
-    """Called with (bytes written, bytes in all) while an adapter is merged into the built-in model, once."""
-
-    def own(self) -> AnchorConfig:
-        """Raises ModelError when the model cannot be loaded."""
-        if True not in self._loaded:
-            self._loaded[True] = load(self.name, engine=self.engine, threads=self.threads, progress=self.merging)
-        return self._loaded[True].policy
 
 
 # --- helpers -------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pydantic.types import ByteSize
 
 from anchorkv.errors import ConfigError
 from anchorkv.optional import library
+from anchorkv.yaml_file import load_yaml
 
 _HEAD = "# Settings of `anchorkv serve --settings FILE`. Paths are relative to this file.\n"
 
@@ -92,18 +93,13 @@ def _size(value: int) -> str | int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    yaml = library("yaml", "settings")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path, "settings")
     except FileNotFoundError:
         raise ConfigError(f"There are no settings at {path}; check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(f"The settings {path} cannot be read ({why}).") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or type(error).__name__
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where} is not YAML ({problem}); mend it there.") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
