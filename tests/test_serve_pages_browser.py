@@ -131,6 +131,14 @@ def asked(page: Any, question: str, most: int = 16) -> None:
     page.locator(STREAMED).nth(before).wait_for()
 
 
+def reasons_of(page: Any) -> Any:
+    """Open the reasons of the first answer; they are filled when they are opened, a moment after the click."""
+    page.locator("details.why summary").first.click()
+    body = page.locator(".why-body").first
+    body.locator("h3").first.wait_for()
+    return body
+
+
 def asks_with(page: Any, **more: Any) -> None:
     """What the page asks goes to the server with further fields."""
     def changed(route: Any) -> None:
@@ -150,8 +158,7 @@ def test_a_chat_its_reasons_its_record_and_the_dashboard(browser: Any, site: str
         assert page.text_content("article.assistant .said")
         assert "fewer" in page.text_content(".foot")
         asked(page, "And the wheel?")
-        page.locator("details.why summary").first.click()
-        reasons = page.locator(".why-body").first
+        reasons = reasons_of(page)
         assert "None was needed." in reasons.text_content()
         assert reasons.locator(".segment").count() > 5
         reasons.locator(".filter", has_text="anchors").click()
@@ -221,8 +228,7 @@ def test_documents_are_read_shown_asked_and_deleted(browser: Any, site: str, tmp
         page.click("#list .row-actions a")
         page.wait_for_selector("#document option:checked[value^=doc-]", state="attached")
         asked(page, "Who?")
-        page.locator("details.why summary").click()
-        assert "doc-" in page.text_content(".why-body .facts")
+        assert "doc-" in reasons_of(page).locator(".facts").text_content()
         page.goto(f"{site}/ui/documents")
         page.click("#list .row-actions .danger")
         page.click("#sure .danger")
@@ -238,7 +244,7 @@ def test_a_hostile_answer_stays_text(browser: Any, site: str) -> None:
         page.goto(f"{site}/ui/?lang=en")
         asked(page, "Hello", 64)
         assert page.text_content("article.assistant .said").strip() == json.dumps(HOSTILE)
-        page.locator("details.why summary").click()
+        reasons_of(page)
         assert page.locator("article img, .why-body img").count() == 0
 
 

@@ -524,11 +524,15 @@ def test_the_built_in_model_follows_a_schema_and_goes_on_from_its_cache() -> Non
             )
             (outcome,) = run(scheduler, one)
             (fresh,) = run(Scheduler(engine, 4096), replace(one, given=outcome.tokens, reuse=False))
-            assert fresh.answer_logprob == pytest.approx(outcome.answer_logprob, abs=0.02)
+            # Quantised weights round differently for one token and for many: 0.13 a token, without any server.
+            assert fresh.answer_logprob == pytest.approx(outcome.answer_logprob, abs=0.1)
             assert fresh.segments == outcome.segments
             assert isinstance(json.loads(outcome.text)["in_europe"], bool)
             messages += [Message("assistant", outcome.text), Message("user", "Once more, please.")]
         assert outcome.cached_tokens > 0.8 * outcome.prompt_tokens
+        amiss = replace(one, messages=one.messages[1:], given=outcome.tokens, reuse=False)
+        (elsewhere,) = run(Scheduler(engine, 4096), amiss)
+        assert abs(elsewhere.answer_logprob - outcome.answer_logprob) > 0.2
         scheduler.stop()
 
 
