@@ -19,7 +19,6 @@ from anchorkv.serve.audit.store import AuditStore
 from anchorkv.serve.audit.trail import AuditTrail
 from anchorkv.serve.auth import KeyGate, LoopbackGate
 from anchorkv.serve.documents import Documents
-from anchorkv.serve.engine import fixed
 from anchorkv.serve.keys import KeyFile, Role, make_key
 from anchorkv.serve.limits import Limiter
 from anchorkv.serve.policies import Policies
@@ -38,7 +37,8 @@ STORY = (
 
 def engine(folder: Path) -> Iterator[LlamaEngine]:
     loaded = LlamaEngine.load(tiny_gguf.write(folder / "tiny.gguf"), threads=1)
-    yield fixed(loaded, CELLS, 64)  # type: ignore[misc]
+    loaded.fix(CELLS, 64)
+    yield loaded
     loaded.close()
 
 

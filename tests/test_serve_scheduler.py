@@ -25,7 +25,7 @@ from anchorkv.engines.llama import LlamaEngine
 from anchorkv.errors import CapacityError, ConfigError
 from anchorkv.sampling import Sampling
 from anchorkv.serve.cells import Held, distinct, most_cells
-from anchorkv.serve.engine import close_contexts, fixed, split
+from anchorkv.serve.engine import contexts
 from anchorkv.serve.requests import Ask, Busy, Message, Outcome, TooLarge
 from anchorkv.serve.scheduler import Scheduler
 from anchorkv.serve.slots import PATIENCE
@@ -100,7 +100,8 @@ def alone(engine: Any, one: Ask) -> list[int]:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaEngine]:
     engine = LlamaEngine.load(tiny_gguf.write(tmp_path_factory.mktemp("gguf") / "tiny.gguf"), threads=1)
-    yield fixed(engine, 2048, 24)  # type: ignore[misc]
+    engine.fix(2048, 24)
+    yield engine
     engine.close()
 
 
@@ -347,12 +348,18 @@ def test_a_request_that_runs_out_of_cells_harms_no_other(llama: LlamaEngine, mon
     assert len(llama._free_sequences) == 24
 
 
-@pytest.mark.parametrize("contexts", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 def test_what_was_promised_too_little_is_made_good_outside_the_engine(
-    tmp_path: Path, contexts: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Everybody is admitted at once; the youngest leave the engine for a while, and nobody notices."""
-    parts = split(LlamaEngine.load(tiny_gguf.write(tmp_path / "t.gguf"), threads=1), 2048, contexts, 24)
+    engine = LlamaEngine.load(tiny_gguf.write(tmp_path / "t.gguf"), threads=1)
+    with contexts(engine, 2048, count, 24) as parts:
+        _crowd(parts, monkeypatch, caplog)
+    engine.close()
+
+
+def _crowd(parts: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     scheduler = Scheduler(parts[0], 2048, more=parts[1:], max_sessions=20)
     policy, answer = POLICY.replace(reduction=2, recall="on", recall_cells=64), tuple(STORY.encode())
     asks = [ask(f"{i} " + STORY * 2, policy=policy, given=answer) for i in range(12)]
@@ -366,8 +373,6 @@ def test_what_was_promised_too_little_is_made_good_outside_the_engine(
         assert (outcome.segments, outcome.recalled) == (expected.segments, expected.recalled)
         assert outcome.answer_logprob == pytest.approx(expected.answer_logprob, abs=0.01)
     scheduler.stop()
-    close_contexts(parts)
-    parts[0].close()
 
 
 def test_background_asks_wait_for_idle_time() -> None:
@@ -513,7 +518,8 @@ def test_an_engine_without_grammars_says_so() -> None:
 @pytest.mark.slow
 def test_the_built_in_model_follows_a_schema_and_goes_on_from_its_cache() -> None:
     with anchorkv.load(threads=1) as model:
-        engine = fixed(model.engine, 4096)
+        engine: Any = model.engine
+        engine.fix(4096, 24)
         scheduler = Scheduler(engine, 4096)
         fields = {"city": {"type": "string", "maxLength": 20}, "in_europe": {"type": "boolean"}}
         schema = json.dumps({"type": "object", "properties": fields, "required": list(fields)})
@@ -579,9 +585,10 @@ def test_stopping_without_patience_cancels() -> None:
 
 
 def test_a_sized_engine_refuses_to_grow(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError):
-        fixed(FakeEngine(), 100)
-    engine = fixed(LlamaEngine.load(tiny_gguf.write(tmp_path / "t.gguf"), threads=1), 512, 3)
+    with pytest.raises(ConfigError), contexts(FakeEngine(), 100):
+        pass
+    engine = LlamaEngine.load(tiny_gguf.write(tmp_path / "t.gguf"), threads=1)
+    engine.fix(512, 3)
     with pytest.raises(CapacityError, match="in use"):
         Session(engine, preset("full")).read(engine.tokenizer.encode(STORY * 8))
     engine.close()

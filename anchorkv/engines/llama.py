@@ -10,9 +10,10 @@ sequence then carries one visible cell under that position (its keys keep their 
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from anchorkv.engines.base import SURPRISE, Bools, Cells, Floats, Ints, ModelInfo, Output, Tokenizer
+from anchorkv.engines.base import Floats, ModelInfo, Output, Tokenizer
+from anchorkv.engines.llama_batch import Batch
 from anchorkv.engines.llama_file import describe, fast_copy, open_model
-from anchorkv.engines.llama_state import META, metas, read_cells
+from anchorkv.engines.llama_memory import ALIAS, FIRST, SCRATCH, LlamaMemory
+from anchorkv.engines.llama_state import META, metas
 from anchorkv.engines.llama_vocab import LlamaTokenizer
 from anchorkv.errors import CapacityError, ModelError, SavedStateError
 
-_SCRATCH, _ALIAS, _FIRST = 0, 1, 2
 _KV_TYPES = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
 
 
@@ -50,15 +52,16 @@ class LlamaEngine:
             flash_attention = True  # llama.cpp quantises V only there
         self.path, self.batch = path, batch
         self._model = open_model(path, gpu_layers)
-        self._options = (threads or len(os.sched_getaffinity(0)), sessions + _FIRST, flash_attention, kv_type)
+        self._options = (threads or len(os.sched_getaffinity(0)), sessions + FIRST, flash_attention, kv_type)
         self._context: Any = None
+        self._grows = self._owns_model = True
         try:
             self._open_context(cells)
         except CapacityError:
             llama_cpp.llama_model_free(self._model)
             raise
-        self._batch = _Batch(batch)
-        self._free_sequences = list(range(sessions + _FIRST - 1, _FIRST - 1, -1))
+        self._batch = Batch(batch)
+        self._free_sequences = self._all_sequences()
         self.info: ModelInfo = describe(self._model, path, self._measure_cell())
         template = llama_cpp.llama_model_chat_template(self._model, None)
         self.tokenizer: Tokenizer = LlamaTokenizer(self._model, template.decode() if template else None)
@@ -120,8 +123,42 @@ class LlamaEngine:
     def close(self) -> None:
         if self._context is not None:
             llama_cpp.llama_free(self._context)
-            llama_cpp.llama_model_free(self._model)
+            if self._owns_model:
+                llama_cpp.llama_model_free(self._model)
             self._context = self._model = None
+
+    def fix(self, cells: int, sessions: int) -> None:
+        """Size the context once and for all, as a server wants it: `cells` KV cells, of which whoever asks for more
+        gets CapacityError, and `sessions` sessions. It must hold no session yet.
+
+        Raises CapacityError when it cannot be allocated; the engine is then as before.
+        """
+        old, options = self._context, self._options
+        # With many sessions in one context only flash attention is fast.
+        self._options = (options[0], sessions + FIRST, True, options[3])
+        try:
+            self._open_context(cells)
+        except CapacityError:
+            self._context, self._options = old, options
+            raise
+        llama_cpp.llama_free(old)
+        self._free_sequences, self._grows = self._all_sequences(), False
+
+    def beside(self) -> LlamaEngine:
+        """A further context of the same loaded model, sized as this one; close it before this engine.
+
+        Raises CapacityError when it cannot be allocated.
+        """
+        other = copy.copy(self)
+        other._owns_model, other._context = False, None
+        other._open_context(self.cells)
+        other._batch, other._free_sequences = Batch(self.batch), self._all_sequences()
+        return other
+
+    @property
+    def vocab(self) -> Any:
+        """llama.cpp's own pointer to the vocabulary, for its samplers. It lives as long as the engine."""
+        return llama_cpp.llama_model_get_vocab(self._model)
 
     def allocated_bytes(self) -> int:
         """Bytes of the KV buffers as allocated now, held or not."""
@@ -150,11 +187,13 @@ class LlamaEngine:
 
     def _reserve(self, more: int) -> None:
         """Make sure that `more` cells fit beside what all sessions hold (an upper bound: forks share cells)."""
-        if more > self.cells // 2:
+        if self._grows and more > self.cells // 2:
             self._grow(self.cells + more)
 
     def _grow(self, cells: int) -> None:
         """Move everything into a larger context. The old one stays if the new one cannot be allocated."""
+        if not self._grows:
+            raise CapacityError(f"All {self.cells} KV cells of the server are in use.")
         old, old_cells, old_kv = self._context, self.cells, self._kv
         size = llama_cpp.llama_state_get_size(old)
         blob = (ctypes.c_uint8 * size)()
@@ -191,6 +230,9 @@ class LlamaEngine:
             rows, self.info.vocabulary
         )
 
+    def _all_sequences(self) -> list[int]:
+        return list(range(self._options[1] - 1, FIRST - 1, -1))
+
     def _take_sequence(self) -> int:
         if not self._free_sequences:
             raise CapacityError("All sessions of this engine are in use; close one or load with more.")
@@ -205,11 +247,11 @@ class LlamaEngine:
 
     def _measure_cell(self) -> int:
         """Bytes of keys and values a cell takes in all layers, from two states of the engine itself."""
-        self._run([(0, 0, _SCRATCH, False)])
-        one = self._state_size(_SCRATCH)
-        self._run([(0, 1, _SCRATCH, False)])
-        two = self._state_size(_SCRATCH)
-        llama_cpp.llama_memory_seq_rm(self._kv, _SCRATCH, -1, -1)
+        self._run([(0, 0, SCRATCH, False)])
+        one = self._state_size(SCRATCH)
+        self._run([(0, 1, SCRATCH, False)])
+        two = self._state_size(SCRATCH)
+        llama_cpp.llama_memory_seq_rm(self._kv, SCRATCH, -1, -1)
         self._state_base = one - (two - one)
         return two - one - META.itemsize
 
@@ -226,182 +268,13 @@ class LlamaEngine:
     def _alias(self, sequence: int, position: int, at: int) -> None:
         """In `sequence`, show the cell of `position` under the position `at`, its keys as they are."""
         kv = self._kv
-        llama_cpp.llama_memory_seq_cp(kv, sequence, _ALIAS, position, position + 1)
-        blob = self._state_blob(_ALIAS)
+        llama_cpp.llama_memory_seq_cp(kv, sequence, ALIAS, position, position + 1)
+        blob = self._state_blob(ALIAS)
         metas(blob)["position"] = at
-        llama_cpp.llama_memory_seq_rm(kv, _ALIAS, -1, -1)
+        llama_cpp.llama_memory_seq_rm(kv, ALIAS, -1, -1)
         llama_cpp.llama_memory_seq_rm(kv, sequence, position, position + 1)
         data = (ctypes.c_uint8 * len(blob)).from_buffer_copy(blob.tobytes())
-        if llama_cpp.llama_state_seq_set_data(self._context, data, len(blob), _ALIAS) == 0:
+        if llama_cpp.llama_state_seq_set_data(self._context, data, len(blob), ALIAS) == 0:
             raise CapacityError(f"No free cell in a context of {self.cells}.")
-        llama_cpp.llama_memory_seq_cp(kv, _ALIAS, sequence, at, at + 1)
-        llama_cpp.llama_memory_seq_rm(kv, _ALIAS, -1, -1)
-
-
-class LlamaMemory:
-    """Implements `engines.base.Memory` as one sequence id. `held`: positions held, ascending, [m]."""
-
-    def __init__(self, engine: LlamaEngine, sequence: int, held: Ints) -> None:
-        self._engine, self.sequence, self.held = engine, sequence, held
-        self.last_logits: Floats | None = None
-
-    def decode(
-        self, tokens: Sequence[int], start: int, *, visible: Ints | None = None, mask: Bools | None = None,
-        needs: frozenset[str] = frozenset(), logits: bool = True,
-    ) -> Output:
-        """As the protocol says; takes no mask."""
-        if mask is not None:
-            raise ModelError("The llama engine takes no mask: llama.cpp decides visibility by sequences.")
-        if needs - {SURPRISE}:
-            raise ModelError(f"The llama engine cannot give {', '.join(sorted(needs - {SURPRISE}))}.")
-        engine, before = self._engine, self.last_logits
-        recalled = len(self.held) > 0 and start < int(self.held[-1])
-        surprise: list[Floats] = []
-        for first in range(0, len(tokens), engine.batch):
-            part = tokens[first : first + engine.batch]
-            last = first + len(part) == len(tokens)
-            seen = None if visible is None else np.concatenate([visible, np.arange(start, start + first)])
-            self._decode_part(part, start + first, seen, SURPRISE in needs, logits and last)
-            if SURPRISE in needs:
-                surprise.append(self._surprise(part))
-            wanted = SURPRISE in needs or (logits and last)
-            self.last_logits = engine._logits(len(part) - 1) if wanted else None
-        given = self.last_logits if self.last_logits is not None else np.zeros(0, dtype=np.float32)
-        if recalled:  # what old tokens predict is not what comes next
-            self.last_logits = before
-        return Output(given, np.concatenate(surprise) if surprise else None)
-
-    def _decode_part(self, tokens: Sequence[int], start: int, visible: Ints | None, every: bool, last: bool) -> None:
-        engine, kv = self._engine, self._engine._kv
-        count = len(tokens)
-        wanted = [every or (last and index == count - 1) for index in range(count)]
-        new = np.arange(start, start + count)
-        if visible is None and self.continues_at(start):
-            rows = zip(tokens, new.tolist(), [self.sequence] * count, wanted, strict=True)
-            engine._run(list(rows))
-            self.held = np.concatenate([self.held, new])
-            return
-        seen = self.held[self.held < start] if visible is None else visible
-        try:
-            for first, end in self._intervals(np.isin(self.held, seen)):
-                llama_cpp.llama_memory_seq_cp(kv, self.sequence, _SCRATCH, first, end)
-            if len(seen) and seen[-1] != start - 1:
-                engine._alias(_SCRATCH, int(seen[-1]), start - 1)
-            engine._run(list(zip(tokens, new.tolist(), [_SCRATCH] * count, wanted, strict=True)))
-            kv = engine._kv  # the context may have grown
-            kept = new[~np.isin(new, self.held)]
-            for first, end in _runs(kept):
-                llama_cpp.llama_memory_seq_cp(kv, _SCRATCH, self.sequence, first, end)
-        finally:
-            llama_cpp.llama_memory_seq_rm(engine._kv, _SCRATCH, -1, -1)
-            llama_cpp.llama_memory_seq_rm(engine._kv, _ALIAS, -1, -1)
-        self.held = np.union1d(self.held, kept)
-
-    def continues_at(self, position: int) -> bool:
-        """Whether llama.cpp lets the sequence itself go on at `position`."""
-        return not len(self.held) or int(self.held[-1]) == position - 1
-
-    def _surprise(self, tokens: Sequence[int]) -> Floats:
-        """-log p of each token, [n]; the first by the logits before it (log of the vocabulary if there are none)."""
-        rows = self._engine._all_logits(len(tokens))
-        before = self.last_logits
-        size = rows.shape[1]
-        out = np.empty(len(tokens), dtype=np.float32)
-        out[0] = np.log(size) if before is None else _nll(before[None, :], np.asarray(tokens[:1]))[0]
-        for first in range(0, len(tokens) - 1, 64):
-            last = min(first + 64, len(tokens) - 1)
-            out[first + 1 : last + 1] = _nll(rows[first:last], np.asarray(tokens[first + 1 : last + 1]))
-        return out
-
-    def drop(self, positions: Ints) -> None:
-        gone = np.isin(self.held, positions)
-        for first, end in self._intervals(gone):
-            llama_cpp.llama_memory_seq_rm(self._engine._kv, self.sequence, first, end)
-        self.held = self.held[~gone]
-
-    def _intervals(self, chosen: Bools) -> Iterator[tuple[int, int]]:
-        """Chosen held positions as few intervals [first, end) that hold no other held position."""
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]])))
-        for first, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-            yield int(self.held[first]), int(self.held[end - 1]) + 1
-
-    def fork(self) -> LlamaMemory:
-        engine = self._engine
-        sequence = engine._take_sequence()
-        llama_cpp.llama_memory_seq_cp(engine._kv, self.sequence, sequence, -1, -1)
-        other = LlamaMemory(engine, sequence, self.held.copy())
-        other.last_logits = self.last_logits
-        return other
-
-    def positions(self) -> Ints:
-        return self.held
-
-    def nbytes(self) -> int:
-        """From the size of the sequence's state, which llama.cpp counts over its own cells."""
-        engine = self._engine
-        cells = (engine._state_size(self.sequence) - engine._state_base) // (engine.info.cell_bytes + META.itemsize)
-        return max(0, cells) * engine.info.cell_bytes
-
-    def read_cells(self, positions: Ints) -> Cells:
-        """As the protocol says."""
-        engine = self._engine
-        for first, end in _runs(positions):
-            llama_cpp.llama_memory_seq_cp(engine._kv, self.sequence, _ALIAS, first, end)
-        try:
-            found, cells = read_cells(engine._state_blob(_ALIAS))
-        finally:
-            llama_cpp.llama_memory_seq_rm(engine._kv, _ALIAS, -1, -1)
-        if not np.array_equal(found, positions):
-            raise ModelError("Cells that are not held cannot be read.")
-        return cells
-
-    def state(self) -> dict[str, npt.NDArray[Any]]:
-        state: dict[str, npt.NDArray[Any]] = {
-            "positions": self.held.copy(), "cells": self._engine._state_blob(self.sequence),
-        }
-        if self.last_logits is not None:
-            state["logits"] = self.last_logits
-        return state
-
-    def close(self) -> None:
-        if self.sequence >= 0:
-            self._engine._give_back(self.sequence)
-            self.sequence = -1
-
-
-class _Batch:
-    """A llama_batch whose columns are numpy views, filled without a Python loop a token."""
-
-    def __init__(self, size: int) -> None:
-        self._batch = llama_cpp.llama_batch_init(size, 0, 1)
-        self._tokens = np.ctypeslib.as_array(self._batch.token, (size,))
-        self._positions = np.ctypeslib.as_array(self._batch.pos, (size,))
-        self._logits = np.ctypeslib.as_array(self._batch.logits, (size,))
-        self._sequences = np.zeros(size, dtype=np.int32)
-        base = self._sequences.ctypes.data
-        for index in range(size):
-            self._batch.n_seq_id[index] = 1
-            # llama.cpp's own array behind each entry stays allocated until the program ends: a few KiB.
-            self._batch.seq_id[index] = ctypes.cast(base + 4 * index, ctypes.POINTER(ctypes.c_int32))
-
-    def fill(self, rows: Sequence[tuple[int, int, int, bool]]) -> Any:
-        count = len(rows)
-        table = np.asarray(rows, dtype=np.int64)
-        self._tokens[:count], self._positions[:count] = table[:, 0], table[:, 1]
-        self._sequences[:count], self._logits[:count] = table[:, 2], table[:, 3]
-        self._batch.n_tokens = count
-        return self._batch
-
-
-def _runs(positions: Ints) -> Iterator[tuple[int, int]]:
-    """Consecutive positions as intervals [first, end)."""
-    if len(positions):
-        for run in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):
-            yield int(run[0]), int(run[-1]) + 1
-
-
-def _nll(logits: Floats, tokens: Ints) -> Floats:
-    """-log softmax(logits)[token], rows [n, vocabulary] and tokens [n] to [n]."""
-    top = logits.max(axis=1, keepdims=True)
-    total: Floats = np.log(np.exp(logits - top).sum(axis=1)) + top[:, 0] - logits[np.arange(len(tokens)), tokens]
-    return total
+        llama_cpp.llama_memory_seq_cp(kv, ALIAS, sequence, at, at + 1)
+        llama_cpp.llama_memory_seq_rm(kv, ALIAS, -1, -1)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from anchorkv.engines.base import Engine, Floats
+from anchorkv.engines.llama import LlamaEngine
 from anchorkv.errors import ConfigError
 
 MOST_BYTES = 65536
@@ -47,7 +48,7 @@ def open_grammar(engine: Engine, gbnf: str | None, json_schema: str | None) -> G
     if len(gbnf.encode()) > 4 * MOST_BYTES:
         raise ConfigError(f"The grammar is longer than {4 * MOST_BYTES} bytes; make it smaller.")
     _check_depth(gbnf)
-    if engine.name != "llama":
+    if not isinstance(engine, LlamaEngine):
         raise ConfigError(f"The {engine.name} engine cannot follow a grammar; use a GGUF model.")
     return LlamaGrammar(engine, gbnf)
 
@@ -98,12 +99,11 @@ def _check(node: Any) -> None:
 class LlamaGrammar:
     """Implements `Grammar` by llama.cpp's own grammar sampler."""
 
-    def __init__(self, engine: Engine, gbnf: str) -> None:
+    def __init__(self, engine: LlamaEngine, gbnf: str) -> None:
         import llama_cpp
 
         self._lib = llama_cpp
-        vocab = llama_cpp.llama_model_get_vocab(engine._model)  # type: ignore[attr-defined]
-        self._sampler = llama_cpp.llama_sampler_init_grammar(vocab, gbnf.encode(), b"root")
+        self._sampler = llama_cpp.llama_sampler_init_grammar(engine.vocab, gbnf.encode(), b"root")
         if not self._sampler:
             raise ConfigError("The grammar is not valid GBNF, or has no rule named root.")
 

@@ -14,7 +14,7 @@ from anchorkv.serve.audit.store import AuditStore
 from anchorkv.serve.audit.trail import AuditTrail
 from anchorkv.serve.auth import gate_of
 from anchorkv.serve.documents import Documents
-from anchorkv.serve.engine import MOST_SESSIONS, fixed
+from anchorkv.serve.engine import contexts, contexts_for
 from anchorkv.serve.limits import Limiter
 from anchorkv.serve.logs import RequestLog
 from anchorkv.serve.metrics import Metrics
@@ -48,12 +48,13 @@ def opened(
             progress=progress,
         ))
         cells = settings.cells_of(model.engine.info.cell_bytes)
-        # Documents and beginnings of conversations that are kept have sessions of their own.
-        engine = fixed(model.engine, cells, MOST_SESSIONS)
+        engine, *more = stack.enter_context(
+            contexts(model.engine, cells, settings.contexts or contexts_for(model.engine, cells))
+        )
         if isinstance(chosen, Rollout) and chosen.fingerprint != engine.info.fingerprint:
             log.warning("The rollout plan was measured with %s, and this is another model or file.", chosen.model)
         scheduler = Scheduler(
-            engine, cells, max_sessions=settings.max_sessions, max_waiting=settings.max_waiting,
+            engine, cells, more=more, max_sessions=settings.max_sessions, max_waiting=settings.max_waiting,
             documents=Documents(engine, settings.documents_folder), background_share=settings.watch.time_share,
         )
         stack.callback(scheduler.stop, False)

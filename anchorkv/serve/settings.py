@@ -22,7 +22,7 @@ from anchorkv.poc.results import Lang
 from anchorkv.poc.rollout import Rollout
 from anchorkv.serve.audit.record import EVERY_TENANT
 from anchorkv.serve.auth import LOCAL, is_loopback
-from anchorkv.serve.engine import MOST_SESSIONS
+from anchorkv.serve.engine import MOST_CONTEXTS, MOST_SESSIONS
 from anchorkv.serve.keys import FILE, check_tenant
 from anchorkv.serve.limits import TenantLimits
 from anchorkv.serve.settings_file import dump, merged, sentence
@@ -64,6 +64,10 @@ class ServeSettings(Group):
     )
     cells: int | None = Field(None, ge=_LEAST_CELLS, description="KV cells there are; give this or kv_bytes")
     kv_bytes: ByteSize | None = Field(None, gt=0, description="memory for KV cells, such as 2GiB; null: 1GiB")
+    contexts: int | None = Field(
+        None, ge=1, le=MOST_CONTEXTS, description="parts that the cells are kept in: more write faster on a CPU, and "
+        "each must hold the largest request; null: as many as hold the model's window, at most 4"
+    )
     max_sessions: int = Field(64, ge=1, le=MOST_SESSIONS - 4, description="requests that run at once")
     max_waiting: int = Field(256, ge=0, description="requests that wait; more are told to come back")
     data: Path = Field(

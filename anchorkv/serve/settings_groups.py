@@ -19,8 +19,9 @@ OPERATOR = "operator"
 
 def _words(given: Any) -> Any:
     """YAML reads on and off as true and false."""
-    words = {True: "on", False: "off"}
-    return [words.get(mode, mode) for mode in given] if isinstance(given, (list, tuple)) else given
+    if not isinstance(given, (list, tuple)):
+        return given
+    return [("on" if mode else "off") if isinstance(mode, bool) else mode for mode in given]
 
 
 def _why(given: Any) -> Any:
