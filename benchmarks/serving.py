@@ -215,7 +215,9 @@ async def anchored(
     """The figures of `anchorkv serve`."""
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "serve.yaml"
-        settings.write_text("requests: {seconds: 86400, read_seconds: 86400}\n")  # what waits long is measured too
+        contexts = "null" if options.contexts is None else options.contexts
+        # What waits long is measured too.
+        settings.write_text(f"requests: {{seconds: 86400, read_seconds: 86400}}\ncontexts: {contexts}\n")
         command = [
             sys.executable, "-m", "anchorkv", "serve", "--cells", str(cells), "--threads", str(options.threads),
             "--config", str(settings), "--port", str(options.port), "--data", folder, "--max-sessions", "200",
@@ -282,6 +284,7 @@ def main() -> None:
     parser.add_argument("--recall", choices=("off", "on", "auto"), help="without it as the policy says")
     parser.add_argument("--tokens", type=int, default=4000, help="of a conversation")
     parser.add_argument("--slots", type=int, default=4, help="full conversations that the KV memory is made for")
+    parser.add_argument("--contexts", type=int, help="that anchorkv keeps its cells in; without it as the server does")
     parser.add_argument("--times", type=float, default=11, help="conversations of anchorkv for one of the peer's")
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--arrivals", type=int, default=2, help="new conversations while all others write")

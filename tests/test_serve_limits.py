@@ -173,7 +173,8 @@ def test_cells_are_shared() -> None:
     limits = Limiter(TenantLimits(cells_share=0.5), {"inn": TenantLimits(cells_share=1)}, cells=1000, clock=Clock())
     lease = limits.enter(BANK, 1, cells=400)
     assert refused(limits, BANK, 1, cells=101).status == 429
-    limits.enter(INN, 1, cells=1000)
+    for _ in range(3):  # who may have all cells is not turned away: the engine room has a queue
+        limits.enter(INN, 1, cells=1000)
     lease.close()
     limits.enter(BANK, 1, cells=500)
 

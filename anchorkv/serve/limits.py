@@ -185,7 +185,10 @@ class Limiter:
         return self._tenants[name]
 
     def _share(self, limits: TenantLimits) -> float:
-        return math.inf if self._all_cells is None else limits.cells_share * self._all_cells
+        """Cells that a tenant may hold. Who may have all of them waits in the engine room's queue like everybody."""
+        if self._all_cells is None or limits.cells_share >= 1:
+            return math.inf
+        return limits.cells_share * self._all_cells
 
     def _check_ever(self, limits: TenantLimits, tokens: int, answers: int, cells: int) -> None:
         said = ""

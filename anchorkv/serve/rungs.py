@@ -89,4 +89,4 @@ class Room:
         script = script_of(ask, tokenizer, base)
         total = len(script) + ask.max_tokens
         most = most_cells(scheduler.engine, policy, total, int(script.pinned.sum()), int(script.ends.sum()))
-        return most + scratch_cells(policy) <= scheduler.load().cells
+        return most + scratch_cells(policy) <= scheduler.context_cells

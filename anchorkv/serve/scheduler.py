@@ -54,6 +54,11 @@ class Scheduler:
         self._last_round = clock()
         self._measured = (0, 0, 0, 0)
 
+    @property
+    def context_cells(self) -> int:
+        """Cells of one context, in which a request must fit."""
+        return self._room.cells
+
     def tell_gaps(self, told: Callable[[float], None]) -> None:
         """Have `told` called, on the engine thread, with the seconds between two tokens of an answer."""
         self._rounds.on_gap = told
