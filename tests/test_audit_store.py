@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 import json
@@ -26,15 +27,17 @@ from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 
+from anchorkv.serve.audit.aging import retire_daily
 from anchorkv.serve.audit.chain import Head
 from anchorkv.serve.audit.database import database_url
 from anchorkv.serve.audit.errors import AuditConflict, AuditError, AuditUnavailable
 from anchorkv.serve.audit.export import COLUMNS, export
 from anchorkv.serve.audit.models import Base
 from anchorkv.serve.audit.record import EVERY_TENANT, digest
-from anchorkv.serve.audit.retention import Retire
+from anchorkv.serve.audit.retention import Retire, Retired
 from anchorkv.serve.audit.store import AuditStore, Filter
 from anchorkv.serve.audit.upgrade import VERSION_TABLE
+from anchorkv.serve.background import Background
 
 _numbers = count()
 ALL = Filter(tenant=EVERY_TENANT)
@@ -284,6 +287,46 @@ def test_retention_takes_content_away_and_the_chain_stays_sound(store: AuditStor
     assert store.retain(retire).records == 0
     store.append(record(50))
     assert store.verify().sound
+
+
+def test_retention_comes_by_itself_and_lives_on_when_it_fails(
+    store: AuditStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(store, 3)
+    store.append(record(3, time=datetime.now(UTC)))
+    retain, calls = store.retain, []
+
+    def away_at_first(retire: Retire) -> Retired:
+        calls.append(retire)
+        if len(calls) == 1:
+            raise AuditUnavailable("the database is away")
+        return retain(retire)
+
+    monkeypatch.setattr(store, "retain", away_at_first)
+
+    async def server() -> None:
+        task = Background(lambda: retire_daily(store, 30, every=0.01))
+        task.start()
+        while len(calls) < 3:
+            await asyncio.sleep(0.01)
+        await task.stop()
+
+    asyncio.run(server())
+    assert "the database is away" in caplog.text
+    entries = list(store.entries(ALL))
+    assert [entry.retired for entry in entries] == [True] * 3 + [False] * 2
+    assert entries[-1].body()["details"] == {"by": "server", "reason": "older than 30 days", "records": 3}
+    assert store.verify().sound
+
+
+def test_a_list_needs_no_segments(store: AuditStore) -> None:
+    store.append(record(1))
+    (entry,) = store.entries(ALL)
+    assert "segments" in entry.as_dict()
+    brief = entry.brief()
+    assert {"id", "time", "policy", "figures", "fallback_steps"} <= set(brief)
+    assert brief["recalled_segments"] == len(entry.as_dict()["recalled"])
+    assert not {"segments", "request", "answer", "policy_config", "salt"} & set(brief)
 
 
 def test_what_was_retired_is_gone_from_the_disk(tmp_path: Path) -> None:

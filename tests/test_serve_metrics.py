@@ -215,15 +215,17 @@ def test_the_audit_spool_and_the_logs_warnings(served: Service) -> None:
     assert value(metrics, "log_messages_total", level="warning") == 1
 
 
-def test_operators_alone_see_them(model: LlamaEngine, tmp_path: Path) -> None:
-    keys = serving.keys(tmp_path, ("acme", "user"), ("*", "operator"), ("*", "auditor"))
+def test_operators_of_all_tenants_alone_see_them(model: LlamaEngine, tmp_path: Path) -> None:
+    keys = serving.keys(tmp_path, ("acme", "user"), ("acme", "operator"), ("*", "operator"), ("*", "auditor"))
     served = serving.service(tmp_path, model, with_keys=True)
     served.metrics = Metrics(served)
 
     async def work() -> None:
         async with client(served) as http:
             assert (await http.get("/metrics")).status_code == 401
-            for who, status in ((("acme", "user"), 403), (("*", "auditor"), 403), (("*", "operator"), 200)):
+            for who, status in (
+                (("acme", "user"), 403), (("acme", "operator"), 403), (("*", "auditor"), 403), (("*", "operator"), 200),
+            ):
                 reply = await http.get("/metrics", headers={"authorization": f"Bearer {keys[who]}"})
                 assert reply.status_code == status, who
             assert reply.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"

@@ -16,6 +16,7 @@ from anchorkv.engines.llama import LlamaEngine
 from anchorkv.serve.audit.errors import AuditUnavailable
 from anchorkv.serve.limits import Limiter, TenantLimits
 from anchorkv.serve.policies import Chosen, Policies
+from anchorkv.serve.requests import Busy
 from anchorkv.serve.scheduler import Scheduler
 from anchorkv.serve.seams import Answered, Plan, Step
 from anchorkv.serve.service import Service
@@ -269,6 +270,38 @@ def test_the_ladder_answers_once_more_and_those_who_look_on_are_told(
             assert looker.refusals == [400]
 
     run(work())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_stands_when_the_engine_room_refuses_the_next_step(
+    model: LlamaEngine, tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serving.service(tmp_path, model, ladder=Cautious())
+    submit, submitted = served.submit, []
+
+    def once(ask: Any) -> Any:
+        submitted.append(ask)
+        if len(submitted) % 2 == 0:
+            raise Busy("256 requests wait already.", 3.0)
+        return submit(ask)
+
+    monkeypatch.setattr(served, "submit", once)
+
+    async def work() -> None:
+        async with client(served) as http:
+            reply = await http.post(CHAT, json=said(STORY * 2, stream=stream))
+            assert reply.status_code == 200
+            figures = events(reply.text)[-1]["anchorkv"] if stream else reply.json()["anchorkv"]
+            assert figures["policy"] == "own"
+            up, back, *_ = figures["fallback"]
+            assert (up["after"], back["before"], back["after"]) == ("full", "full", "own")
+            assert "256 requests wait already" in back["reason"]
+            (record,) = (await http.get("/v1/audit")).json()["data"]
+            assert record["fallback"][1]["reason"] == back["reason"]
+            assert served.running == 0
+
+    run(work())
+    assert len(submitted) == 2
 
 
 def test_who_asks_for_quality_gets_the_full_cache(served: Service) -> None:

@@ -17,7 +17,7 @@ from anchorkv.serve.handle import Handle
 from anchorkv.serve.limits import Lease
 from anchorkv.serve.refusals import Refused, refusal, stopping, timed_out
 from anchorkv.serve.requests import Ask, Outcome, Piece
-from anchorkv.serve.seams import Answered, Plan, Question
+from anchorkv.serve.seams import Answered, Plan, Question, Step
 
 if TYPE_CHECKING:
     from anchorkv.serve.service import Service
@@ -43,7 +43,7 @@ class Exchange:
 
     async def open(self) -> None:
         """Into the engine room. Raises Busy, TooLarge, NotFound, ConfigError."""
-        self._handle = await self._submit()
+        self._handle = await self._submit(self.plan)
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """The answer as it is written; of several that the ladder tried, the one that stands."""
@@ -52,10 +52,8 @@ class Exchange:
             if not self._shown or self.plan.hold:
                 outcome = await handle.outcome()
                 again = self._again(outcome)
-                if again is not None:
+                if again is not None and await self._answer_again(again):
                     self._earlier.append(outcome)
-                    self.plan = again
-                    self._handle = await self._submit()
                     continue
             async for piece in handle:
                 yield piece
@@ -119,8 +117,20 @@ class Exchange:
             raise RuntimeError("open the exchange before using it")
         return self._handle
 
-    async def _submit(self) -> Handle:
-        ask = replace(self.question.ask, policy=self.plan.policy.config)
+    async def _answer_again(self, plan: Plan) -> bool:
+        """Whether the answer is being written anew. Where the engine room refuses, the one that is there stands."""
+        try:
+            handle = await self._submit(plan)
+        except AnchorKVError as error:
+            wanted, stands = plan.policy.name, self.plan.policy.name
+            back = Step(wanted, stands, f"No answer with '{wanted}' could be had, so this one stands. {error}")
+            self.plan = replace(self.plan, steps=(*plan.steps, back))
+            return False
+        self.plan, self._handle = plan, handle
+        return True
+
+    async def _submit(self, plan: Plan) -> Handle:
+        ask = replace(self.question.ask, policy=plan.policy.config)
         return await self._service.in_thread(lambda: self._service.submit(ask), Handle.cancel)
 
     def _again(self, outcome: Outcome) -> Plan | None:

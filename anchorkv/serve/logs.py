@@ -60,6 +60,7 @@ def setup(level: str = "info", form: LogForm | None = None, stream: TextIO | Non
     as_json = form == "json" or (form is None and not stream.isatty())
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
+    handler.setLevel(level.upper())  # libraries that are imported later may choose a lower level for themselves
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

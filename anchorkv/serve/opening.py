@@ -9,10 +9,12 @@ from pathlib import Path
 
 from anchorkv.models import Model, load
 from anchorkv.poc.rollout import Rollout
+from anchorkv.serve.audit.aging import retire_daily
 from anchorkv.serve.audit.spool import Spool
 from anchorkv.serve.audit.store import AuditStore
 from anchorkv.serve.audit.trail import AuditTrail
 from anchorkv.serve.auth import gate_of
+from anchorkv.serve.background import Background
 from anchorkv.serve.documents import Documents
 from anchorkv.serve.engine import contexts, contexts_for
 from anchorkv.serve.limits import Limiter
@@ -67,7 +69,9 @@ def opened(
             limits=Limiter(settings.limits, settings.tenants, cells=cells), ladder=safeguard.ladder,
             bounds=settings.requests, drain_seconds=settings.drain_seconds, safeguard=safeguard,
         )
-        service.metrics = Metrics(service, safeguard=safeguard)
+        if (days := settings.audit.retention_days) is not None:
+            service.beside = (Background(lambda: retire_daily(trail.store, days)),)
+        service.metrics = Metrics(service, safeguard=safeguard, tenants=settings.metrics_by_tenant)
         scheduler.tell_gaps(service.metrics.gap)
         service.observers += [safeguard.watch, service.metrics, RequestLog()]
         yield service

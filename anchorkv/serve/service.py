@@ -20,6 +20,7 @@ from anchorkv.serve.audit.errors import AuditError, AuditUnavailable
 from anchorkv.serve.audit.record import Record
 from anchorkv.serve.audit.trail import AuditTrail
 from anchorkv.serve.auth import KeyGate, LoopbackGate, Principal
+from anchorkv.serve.background import Background
 from anchorkv.serve.exchange import Asking
 from anchorkv.serve.extraction import AT_ONCE, SECONDS, extract_apart
 from anchorkv.serve.handle import Handle
@@ -70,6 +71,8 @@ class Service:
     safeguard: Safeguard | None = None
     """The quality watch and the canary, where `ladder` and one of `observers` are theirs."""
     metrics: Metrics | None = None
+    beside: Sequence[Background] = ()
+    """What else runs from start to end."""
     draining: bool = False
     running: int = 0
     """Requests in progress, of all kinds."""
@@ -290,10 +293,14 @@ class Service:
         self.scheduler.start()
         if self.safeguard is not None:
             self.safeguard.start()
+        for task in self.beside:
+            task.start()
 
     async def close(self) -> None:
         """End what still runs, and see that all of it is recorded. Engine and trail are for whoever made them."""
         self.draining = True
+        for task in self.beside:
+            await task.stop()
         if self.safeguard is not None:
             await self.safeguard.stop()
         await asyncio.to_thread(self.scheduler.stop, False)

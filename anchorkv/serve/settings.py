@@ -83,6 +83,7 @@ class ServeSettings(Group):
     fallback: FallbackSettings = FallbackSettings.model_validate({})
     canary: CanarySettings = CanarySettings.model_validate({})
     drain_seconds: float = Field(30, ge=0, description="time that running requests have to end when the server stops")
+    metrics_by_tenant: bool = Field(False, description="whether /metrics tells figures apart by tenant")
     log_level: LogLevel = "info"
     lang: Lang = Field("en", description="language of the pages: en or ja")
 

@@ -14,7 +14,7 @@ from anchorkv.errors import ConfigError
 from anchorkv.optional import library
 from anchorkv.yaml_file import load_yaml
 
-_HEAD = "# Settings of `anchorkv serve --settings FILE`. Paths are relative to this file.\n"
+_HEAD = "# Settings of `anchorkv serve --config FILE`. Paths are relative to this file.\n"
 
 
 def merged(

@@ -46,7 +46,8 @@ class AuditSettings(Group):
     )
     text: bool = Field(False, description="whether prompts and answers are recorded; else their hashes alone")
     retention_days: float | None = Field(
-        None, gt=0, le=36_500, description="days until the content of a record is taken away; null: it is kept"
+        None, gt=0, le=36_500, description="days until the content of a record is taken away, on start and daily; its "
+        "hash stays in the chain; null: it is kept"
     )
     spool_bytes: ByteSize = Field(
         ByteSize(64 * 2**20), ge=2**16, description="records that wait on disk while the database is away, at most"

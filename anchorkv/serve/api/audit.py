@@ -53,15 +53,16 @@ async def list_records(
     service: ServiceOf, caller: AuditorOf, since: datetime | None = None, until: datetime | None = None,
     model: Word = None, policy: Word = None, kind: Word = None, fallback: bool | None = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 50, before: Annotated[int | None, Query(ge=1, lt=2**63)] = None,
+    brief: bool = False,
 ) -> Any:
-    """List records of the tenant. Times without a zone are UTC."""
+    """List records of the tenant. Times without a zone are UTC. brief: figures alone, no segments and no texts."""
     wanted = Filter(
         tenant=caller.tenant, since=_utc(since), until=_utc(until), model=model, policy=policy, fallback=fallback,
         kind=kind,
     )
     found: Sequence[Entry] = await _ask(lambda: service.trail.store.query(wanted, limit=limit, before=before))
     last = found[-1].sequence if len(found) == limit else None
-    return {"object": "list", "data": [entry.as_dict() for entry in found], "next": last}
+    return {"object": "list", "data": [entry.brief() if brief else entry.as_dict() for entry in found], "next": last}
 
 
 @router.get(

@@ -14,7 +14,7 @@ from anchorkv.serve.api.callers import AnyoneOf, OperatorOf, ServiceOf
 from anchorkv.serve.api.errors import responses
 from anchorkv.serve.audit.record import EVERY_TENANT
 from anchorkv.serve.metrics import CONTENT_TYPE
-from anchorkv.serve.refusals import Refused
+from anchorkv.serve.refusals import Refused, forbidden
 from anchorkv.serve.service import Service
 
 router = APIRouter(tags=["operation"])
@@ -83,7 +83,11 @@ async def load(service: ServiceOf, caller: AnyoneOf) -> Any:
 
 @router.get("/metrics", operation_id="metrics", responses=_TEXT | responses(401, 403, 404))
 async def metrics(service: ServiceOf, caller: OperatorOf) -> Response:
-    """For Prometheus, of all tenants together."""
+    """For Prometheus, of all tenants together: where there are keys, for one of the tenant `*`."""
+    if service.gate.keys and caller.tenant != EVERY_TENANT:
+        raise forbidden(
+            f"These figures are of all tenants; they need an operator's key of the tenant '{EVERY_TENANT}'."
+        )
     if service.metrics is None:
         raise Refused(404, "This server counts nothing for Prometheus.", code="not_found")
     return Response(await asyncio.to_thread(service.metrics.text), media_type=CONTENT_TYPE)

@@ -97,7 +97,16 @@ class Entry:
         body = {name: value for name, value in self.body().items() if name not in {*columns, *links, "salt"}}
         return {**columns, **body, **links}
 
+    def brief(self) -> dict[str, Any]:
+        """What a list needs: no segments, texts or policy in full."""
+        found = self.as_dict()
+        return {
+            **{name: found[name] for name in _BRIEF if name in found},
+            "recalled_segments": len(found.get("recalled", ())),
+        }
 
+
+_BRIEF = ("sequence", "id", "time", "tenant", "kind", "model", "policy", "fallback_steps", "retired", "key", "figures")
 _NOT_HASHED = ("content", "hash")
 
 

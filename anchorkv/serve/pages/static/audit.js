@@ -13,7 +13,7 @@ let turn = 0;
 const kind = (it) => (known(`kind.${it.kind}`) ? t(`kind.${it.kind}`) : it.kind);
 
 function query() {
-  const found = new URLSearchParams({ limit: PAGE });
+  const found = new URLSearchParams({ limit: PAGE, brief: true });
   for (const name of ["kind", "policy", "fallback"]) if ($(name).value.trim()) found.set(name, $(name).value.trim());
   // The day as its reader's clock has it, the last one included.
   if ($("since").value) found.set("since", new Date(`${$("since").value}T00:00:00`).toISOString());
@@ -54,7 +54,7 @@ function draw() {
   ], rows.map((it) => [
     count(it.sequence), date(it.time), kind(it), el("a", { href: `#${encodeURIComponent(it.id)}`, class: "id" }, short(it.id)),
     it.tenant, it.policy, it.figures?.reduction ? times(it.figures.reduction) : "–",
-    it.kind === "answer" && !it.retired ? count(it.recalled?.length ?? 0) : "–",
+    it.kind === "answer" && !it.retired ? count(it.recalled_segments) : "–",
     it.fallback_steps ? el("span", { class: "badge open" }, count(it.fallback_steps)) : count(0),
   ]), [0, 6, 7, 8]));
 }
