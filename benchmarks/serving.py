@@ -192,9 +192,14 @@ async def load(side: Side, talks: list[Messages], new: list[Messages], answer: i
     writers = talks[: max(1, len(talks) - 1)] if new else talks
     if isinstance(side, Peer) and new:
         side.leave(len(talks) - 1)
+    async def come_and_go(number: int, talk: Messages) -> None:
+        await side.say(number, talk, 2)
+        if isinstance(side, Peer):
+            side.leave(number)
+
     loaded, _ = await asyncio.gather(
         asyncio.gather(*(go_on(number) for number in range(len(writers)))),
-        asyncio.gather(*(side.say(len(talks) + number, talk, 2) for number, talk in enumerate(new))),
+        asyncio.gather(*(come_and_go(len(talks) + number, talk) for number, talk in enumerate(new))),
     )
     gaps = {name: np.concatenate([np.diff(said.times) for said in answers]) for name, answers in
             (("quiet", quiet), ("load", loaded))}
