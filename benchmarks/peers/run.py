@@ -259,6 +259,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[TORCH_FULL, *ours.METHODS, *(set(PEERS) - {"full"})],
                         default=[], metavar="NAME", help="only these; all without it")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--measured", action="store_true", help="measure nothing: show what --work holds of this")
     parser.add_argument("--no-peers", action="store_true", help="leave out what needs an environment of its own")
     caches = Path(platformdirs.user_cache_path("anchorkv"))
     parser.add_argument("--environment", type=Path, default=caches / "peers", help="of the peers; built at first use")
@@ -267,7 +268,7 @@ def main() -> None:
     options = parser.parse_args()
     jobs = list(wanted(options.reductions, options.tasks, options.methods))
     python, failed = None, ""
-    if not options.no_peers:
+    if not (options.no_peers or options.measured):
         try:
             python = environment(options.environment, lambda line: console.print(line, style="dim", highlight=False))
         except PeerFailed as error:  # said in the table, in every row that it concerns
@@ -286,7 +287,11 @@ def main() -> None:
         # A case's id says its length and passages; other weights make another run.
         prints = [engines.get(adapter).info.fingerprint for adapter in (False, True)]
         store = Store(options.work, {"fingerprints": prints})
-        measure(store, all_cases, jobs, engines, python, options.threads)
+        if options.measured:
+            known = {(record["task"], record["way"]) for task in TASKS for record in store.of(task)}
+            jobs = [job for job in jobs if (job[2], f"{job[0]} {job[1]:g}") in known]
+        else:
+            measure(store, all_cases, jobs, engines, python, options.threads)
     finally:
         engines.close()
     found = rows(store, jobs, all_cases, failed)
