@@ -184,6 +184,35 @@ def test_a_damaged_line_is_put_aside_and_holds_up_nobody(tmp_path: Path) -> None
     assert b"evil" in (tmp_path / "spool.damaged").read_bytes()
 
 
+def test_a_damaged_line_is_put_aside_once_however_long_the_database_is_away(tmp_path: Path) -> None:
+    (tmp_path / "folder").write_text("in the way")
+    store, path = AuditStore(tmp_path / "folder" / "a.db"), tmp_path / "spool"
+    with Spool(path) as spool:
+        for number in range(3):
+            spool.append(store.sealed(record(number)))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1].replace(b"tiny", b"evil") + lines[2])
+    with AuditTrail(store, Spool(path), retry_seconds=3600) as trail:
+        for _ in range(5):
+            with pytest.raises(AuditUnavailable):
+                trail.replay()
+        assert trail.waiting == 3
+        (tmp_path / "folder").unlink()
+        trail.replay()
+        assert trail.waiting == 0
+        assert ids(store) == ["ask-0", "ask-2"]
+    assert (tmp_path / "spool.damaged").read_bytes().count(b"evil") == 1
+
+
+def test_closing_a_spool_twice_closes_nobody_elses_file(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    spool.close()
+    with (tmp_path / "other").open("w") as other:  # gets the number that is free now
+        spool.close()
+        other.write("whole")
+    assert (tmp_path / "other").read_text() == "whole"
+
+
 def test_a_record_whose_id_was_taken_meanwhile_is_put_aside(tmp_path: Path) -> None:
     store, path = AuditStore(tmp_path / "a.db"), tmp_path / "spool"
     with Spool(path) as spool:

@@ -6,6 +6,7 @@ import asyncio
 import csv
 import io
 import json
+import logging
 import os
 import stat
 import subprocess
@@ -317,6 +318,50 @@ def test_retention_comes_by_itself_and_lives_on_when_it_fails(
     assert [entry.retired for entry in entries] == [True] * 3 + [False] * 2
     assert entries[-1].body()["details"] == {"by": "server", "reason": "older than 30 days", "records": 3}
     assert store.verify().sound
+
+
+def test_retention_by_itself_takes_few_at_a_time(
+    store: AuditStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    fill(store, 7)
+    store.append(record(7, time=datetime.now(UTC)))
+    retain, taken = store.retain, []
+
+    def noted(retire: Retire) -> Retired:
+        done = retain(retire)
+        taken.append(done.records)
+        return done
+
+    monkeypatch.setattr(store, "retain", noted)
+
+    async def server() -> None:
+        task = Background(lambda: retire_daily(store, 30, batch=3))
+        task.start()
+        while "7 records" not in caplog.text:
+            await asyncio.sleep(0.01)
+        await task.stop()
+
+    asyncio.run(server())
+    assert taken == [3, 3, 1]
+    answers = [entry for entry in store.entries(ALL) if entry.kind == "answer"]
+    assert [entry.retired for entry in answers] == [True] * 7 + [False]
+    assert store.verify().sound
+
+
+def test_a_task_that_fails_is_in_the_log_and_can_be_stopped(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken() -> None:
+        raise ValueError("a fault of its own")
+
+    async def server() -> None:
+        task = Background(broken)
+        task.start()
+        await asyncio.sleep(0)
+        await task.stop()
+        await task.stop()
+
+    asyncio.run(server())
+    assert "a fault of its own" in caplog.text
 
 
 def test_a_list_needs_no_segments(store: AuditStore) -> None:

@@ -99,7 +99,10 @@ def promtool() -> str:
 
 
 def test_promtool_takes_the_rules_and_they_fire_when_they_should() -> None:
-    for arguments in (("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml")):
+    for arguments in (
+        ("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml"),
+        ("check", "config", "--syntax-only", "prometheus.yml"),
+    ):
         done = subprocess.run([promtool(), *arguments], cwd=ALERTS.parent, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, MambaConfig, T5Config
 
-from anchorkv.engines.base import SURPRISE, Bools, Ints
+from anchorkv.engines.base import SURPRISE, Bools, Ints, ShowsAttention
 from anchorkv.engines.torch import TorchEngine
 from anchorkv.engines.torch_memory import TorchMemory
 from anchorkv.engines.torch_model import fingerprint
@@ -440,6 +440,70 @@ def test_what_is_no_decoder_is_refused(tmp_path: Path, config: Any) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="decoder"):
         TorchEngine.load(tmp_path)
+
+
+# --- where the attention goes ----------------------------------------------------------------------------------------
+
+
+def weights(architecture: str, tokens: list[int]) -> np.ndarray:
+    """The library's own attention [layers, heads, n, n] of a plain causal forward."""
+    model = tiny_model(architecture)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([tokens]), output_attentions=True, use_cache=False)
+    return np.stack([layer[0].numpy() for layer in out.attentions])
+
+
+@every_architecture
+@pytest.mark.parametrize("read", [0, 1, 60])
+def test_on_the_full_cache_attention_is_what_transformers_says(architecture: str, read: int) -> None:
+    tokens, rows = text(20), 9
+    memory = engine(architecture).open()
+    if read:
+        memory.decode(tokens[:read], 0, logits=False)
+    mask = np.tri(N, dtype=bool)[read:]
+    got = engine(architecture).attention(memory, tokens[read:], read, mask, rows)
+    assert got.shape == (N,)
+    assert got.sum() == pytest.approx(1, abs=1e-5)
+    wanted = weights(architecture, tokens)[:, :, -rows:].mean(axis=(0, 1, 2))
+    assert np.abs(got - wanted).max() < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_attention_goes_to_what_the_rule_shows_and_changes_nothing(architecture: str) -> None:
+    loaded, tokens, rule = engine(architecture), text(21), layout(21)
+    assert isinstance(loaded, ShowsAttention)
+    memory = loaded.open()
+    read(memory, tokens[:70], rule, [30])
+    memory.drop(memory.positions()[~visible_from(rule, int(rule.segment[70]), memory.positions())])
+    twin, before = memory.fork(), memory.state()
+    queries = np.arange(70, N)
+    mask = dense_mask(rule, queries, np.concatenate([memory.positions(), queries]))
+    implementation = loaded.config._attn_implementation
+    got = loaded.attention(memory, tokens[70:], 70, mask, len(queries))
+    assert got.sum() == pytest.approx(1, abs=1e-5)
+    assert (got >= 0).all()
+    assert (got[~mask.any(axis=0)] == 0).all()
+    assert loaded.config._attn_implementation == implementation
+    assert all(np.array_equal(before[name], value) for name, value in memory.state().items())
+    ways = [one.decode(tokens[70:], 70, mask=mask).logits for one in (memory, twin)]
+    assert np.array_equal(*ways)
+
+
+def test_attention_is_the_same_however_many_queries_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shares(rows: int) -> Any:
+        return engine().attention(engine().open(), text(22), 0, np.tri(N, dtype=bool), rows)
+
+    whole = [shares(rows) for rows in (1, 20, N)]
+    monkeypatch.setattr("anchorkv.engines.torch_attention.BLOCK", 7)
+    assert all(close(shares(rows), wanted) for rows, wanted in zip((1, 20, N), whole, strict=True))
+
+
+def test_a_model_that_does_not_tell_its_attention_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = engine()
+    monkeypatch.setattr(loaded.model, "set_attn_implementation", lambda name: None)
+    with pytest.raises(ModelError, match="does not tell where its attention goes"):
+        loaded.attention(loaded.open(), text(23), 0, np.tri(N, dtype=bool), 1)
 
 
 @pytest.mark.parametrize(

@@ -244,12 +244,13 @@ def test_a_budget_that_is_over_at_once_has_one_document_and_says_what_was_left_o
     assert [job.split()[0] for job in found] == ["document", "document"]
     report = PocReport.from_json(Path("poc/texts/report.json").read_text(encoding="utf-8"))
     assert [document.id for document in report.documents] == ["logs/1.txt"]
-    assert report.left_out[0] == (
+    left_out = [remark.text for remark in report.left_out]
+    assert left_out[0] == (
         "The 0.0001 minutes were up: 3 of 4 documents were not measured (manuals/1.txt, logs/2.txt, manuals/2.txt)."
     )
-    assert "speed was not measured in logs, manuals" in report.left_out[1]
-    assert "for 1 document." in report.left_out[2]
-    assert all(sentence in result.stderr.replace("\n", " ") for sentence in report.left_out)
+    assert "speed was not measured in logs, manuals" in left_out[1]
+    assert "for 1 document." in left_out[2]
+    assert all(sentence in result.stderr.replace("\n", " ") for sentence in left_out)
     call(texts)
     report = PocReport.from_json(Path("poc/texts/report.json").read_text(encoding="utf-8"))
     assert (len(report.documents), report.left_out) == (4, ())
@@ -301,10 +302,11 @@ def test_long_documents_are_cut_and_that_is_said(texts: Path) -> None:
     )
     call(texts, "--max-tokens", "200")
     report = PocReport.from_json(Path("poc/texts/report.json").read_text(encoding="utf-8"))
-    assert report.left_out == (
+    assert [remark.text for remark in report.left_out] == [
         "1 question was not asked: the answer stands in a part of the document that was not read.",
         "Only the first 200 tokens were read of logs/1.txt, logs/2.txt, manuals/1.txt and 1 more.",
-    )
+    ]
+    assert report.left_out[1].values["tokens"] == "200"
     assert all(document.tokens <= 200 for document in report.documents)
 
 

@@ -23,11 +23,11 @@ from anchorkv.poc.report.place import Place, at
 from anchorkv.poc.report.selection import KPI_KINDS, because, compared, slower
 from anchorkv.poc.report.shown import FEATURES, Shown
 from anchorkv.poc.report.words import LANGS, Words
-from anchorkv.poc.results import Answering, Features, Figure, PocReport, Reason, Speed, Verdict
+from anchorkv.poc.results import Answering, Features, Figure, Lang, PocReport, Reason, Remark, Skipped, Speed, Verdict
 from anchorkv.poc.rollout import rollout
 from anchorkv.poc.rules import BECAUSE
 
-REPORTS = {lang: poc_example.report(lang) for lang in ("en", "ja")}
+REPORTS: dict[str, PocReport] = {lang: poc_example.report(lang) for lang in ("en", "ja")}
 
 
 @pytest.fixture(scope="module", params=LANGS)
@@ -204,7 +204,7 @@ def variants() -> list[PocReport]:
 
 def test_no_word_is_unused_and_none_is_missing() -> None:
     w = Recorder("en")
-    for report in variants():
+    for report in (*variants(), remarked("en")):
         render(report, w)
     plain = REPORTS["en"]
     for month in range(1, 13):
@@ -226,7 +226,7 @@ def test_no_word_is_unused_and_none_is_missing() -> None:
         reason = Reason(kpi="speed", value=0.5, limit=1, passed=False, part=part)
         verdict = plain.overall.verdict.model_copy(update={"reasons": (reason,)})
         area = plain.overall.model_copy(update={"verdict": verdict})
-        assert "0.50×" in slower(w, Place(area.model_dump(mode="json")))[0].striptags()
+        assert "0.50×" in slower(w, Place(area.model_dump(mode="json"))).striptags()
     for currency, kind in itertools.product(("EUR", "GBP", "JPY", "USD"), KINDS):
         w.number(1.0, kind, currency=currency)
     shown = Shown(Place(plain.model_dump(mode="json")), w)
@@ -369,6 +369,29 @@ def emptied(report: PocReport) -> PocReport:
         "capacity": report.capacity.model_copy(update={"rows": ()}),
         "model": report.model.model_copy(update={"adapter": None}), "created": "some day",
     })
+
+
+SAID = sorted(key.removeprefix("said.") for key in Words("en").texts if key.startswith("said."))
+VALUES = dict.fromkeys(("n", "all", "names", "minutes", "tokens", "why", "size", "most", "path"), "77 <i>")
+
+
+def remarked(lang: Lang) -> PocReport:
+    """A report with every remark there is, and one that only English has words for."""
+    return REPORTS[lang].model_copy(update={
+        "left_out": (
+            *(Remark(text="in English", key=key, values=VALUES) for key in SAID), Remark(text="an <b>error</b>"),
+        ),
+        "skipped": tuple(Skipped(path="x.txt", reason="in English", key=key, values=VALUES) for key in SAID),
+    })
+
+
+@pytest.mark.parametrize("lang", LANGS)
+def test_remarks_are_in_the_language_of_the_report(lang: Lang) -> None:
+    text = render(remarked(lang))
+    assert "in English" not in text
+    assert text.count(str(Words(lang)("said.too_large", **VALUES))) == 2
+    assert "an &lt;b&gt;error&lt;/b&gt;" in text
+    assert "<i>" not in text
 
 
 def test_a_run_that_measured_nothing_has_a_page_too() -> None:

@@ -17,7 +17,7 @@ from anchorkv.evaluate.statistics import mean
 from anchorkv.poc.capacity import CapacityInputs
 from anchorkv.poc.figures import Found, way_results
 from anchorkv.poc.measure import ways_of
-from anchorkv.poc.results import PocReport, WayResult
+from anchorkv.poc.results import PocReport, Remark, WayResult
 from anchorkv.poc.summary import HIDDEN, redacted, report
 from anchorkv.poc.worst import MOST, MOST_OF_AREA, SHOWN, worst
 
@@ -184,7 +184,7 @@ def made() -> PocReport:
         one["blocks"] = [[count * loss, count] for _, count in one["blocks"]]
         for asked in one.get("questions", ()):
             asked["answers"]["off"] |= {"correct": one["way"] == "full", "answer": f"the {one['way']} pump says 4711"}
-    return report(given, chosen, records, WAYS, models, left_out=["Half of it."], seconds=12.5)
+    return report(given, chosen, records, WAYS, models, left_out=[Remark(text="Half of it.")], seconds=12.5)
 
 
 def test_a_report_holds_every_area_and_document(made: PocReport) -> None:
@@ -199,7 +199,7 @@ def test_a_report_holds_every_area_and_document(made: PocReport) -> None:
     names = {f"{area}/{number}.txt" for area in ("manuals", "minutes") for number in (0, 10)}
     assert {document.id for document in made.documents} == names
     assert all(document.memory_curve[-1][1] == document.memory_curve[-1][0] for document in made.documents)
-    assert made.left_out == ("Half of it.",)
+    assert [remark.text for remark in made.left_out] == ["Half of it."]
     assert not made.own_questions
     assert made.worst
 
@@ -219,7 +219,7 @@ def test_a_model_that_nothing_is_known_of_loses_no_measurement() -> None:
     chosen = small_items(given, "manuals", 1)
     found = report(given, chosen, run(models, given, chosen, {"default": POLICY}), WAYS, models)
     assert [row.model for row in found.capacity.rows] == ["Llama-3-8B"]
-    assert any("no/such/model" in sentence for sentence in found.left_out)
+    assert any("no/such/model" in remark.text for remark in found.left_out)
 
 
 def test_redaction_hides_every_text(made: PocReport) -> None:

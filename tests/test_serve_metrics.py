@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import STORY, client, run
 
 from anchorkv.engines.llama import LlamaEngine
+from anchorkv.recall import BM25
 from anchorkv.serve import logs
 from anchorkv.serve.auth import Principal
 from anchorkv.serve.check import Check
@@ -168,6 +169,11 @@ def test_fallback_steps_by_their_reason(served: Service) -> None:
     assert value(metrics, "fallback_steps_total", code="rule", because="short_text", dry_run="false") == 1
     assert value(metrics, "fallback_steps_total", code="low_confidence", dry_run="true") == 1
     assert value(metrics, "fallback_requests_total") == 2
+    back = FallbackStep("full", "own", "No answer with 'full' could be had.")
+    metrics.answered(replace(seen[0], plan=Plan(seen[0].question.policy, (steps[0], back))))
+    dry = replace(steps[0], dry_run=True)
+    metrics.answered(replace(seen[0], plan=Plan(seen[0].question.policy, (dry,))))
+    assert value(metrics, "fallback_requests_total") == 2, "steps that were not taken do not count"
     failed = replace(seen[0], outcome=replace(seen[0].outcome, finish="error"))
     before = value(metrics, "answer_tokens_total")
     metrics.answered(failed)
@@ -377,3 +383,11 @@ def test_text_on_a_terminal_and_json_elsewhere() -> None:
         root.handlers[:] = handlers
         root.setLevel(level)
         logging.captureWarnings(False)
+
+
+def test_libraries_say_nothing_below_a_warning(lines: io.StringIO) -> None:
+    logger = logging.getLogger("bm25s")
+    logger.setLevel(logging.DEBUG)  # as it does itself, whenever it is imported
+    BM25().scores(["The mill was sold.", "The wheel stood still."], "Who sold the mill?")
+    logger.warning("a warning of it")
+    assert [line["message"] for line in read(lines)] == ["a warning of it"]

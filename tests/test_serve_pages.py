@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from collections.abc import Iterator
@@ -14,11 +15,14 @@ import serving
 from serving import STORY, client, run, said
 
 from anchorkv.engines.llama import LlamaEngine
+from anchorkv.engines.torch import TorchEngine
+from anchorkv.engines.torch_tokenizer import TorchTokenizer
 from anchorkv.serve.audit.record import Record
 from anchorkv.serve.audit.store import AuditStore
 from anchorkv.serve.pages.recent import ENOUGH, Recent
 from anchorkv.serve.pages.routes import PAGES, static
 from anchorkv.serve.pages.words import LANGS, chosen, words
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,17 @@ def test_a_language_is_remembered_and_files_are_cached_by_what_they_hold(model: 
                 assert reply.json()["error"]["message"]
 
     run(work())
+
+
+def test_attention_is_offered_where_the_engine_tells_it(model: LlamaEngine, tmp_path: Path) -> None:
+    teller = TorchEngine(tiny_model(), TorchTokenizer(tiny_tokenizer()))
+
+    async def work(engine: Any, folder: Path) -> bool:
+        async with client(serving.service(folder, engine)) as http:
+            return 'id="attention"' in (await http.get("/ui/")).text
+
+    assert not asyncio.run(work(model, tmp_path / "llama"))
+    assert asyncio.run(work(teller, tmp_path / "torch"))
 
 
 def test_the_dashboards_figures_are_those_of_the_answers(model: LlamaEngine, tmp_path: Path) -> None:

@@ -20,12 +20,15 @@ import uvicorn
 from serving import STORY
 
 from anchorkv.engines.llama import LlamaEngine
+from anchorkv.engines.torch import TorchEngine
+from anchorkv.engines.torch_tokenizer import TorchTokenizer
 from anchorkv.serve.app import make_app
 from anchorkv.serve.pages.routes import PAGES
-from anchorkv.serve.pages.words import words
+from anchorkv.serve.pages.words import LANGS, words
 from anchorkv.serve.safeguard import Safeguard
 from anchorkv.serve.service import Service
 from anchorkv.serve.settings_groups import CanarySettings, FallbackSettings, WatchSettings
+from tests.tiny import tiny_model, tiny_tokenizer
 
 HOSTILE = "<img src=x onerror=hacked=1>"
 SENDS, STREAMED = "#send", "article.assistant details.why"
@@ -164,7 +167,19 @@ def test_a_chat_its_reasons_its_record_and_the_dashboard(browser: Any, site: str
         reasons.locator(".filter", has_text="anchors").click()
         shown = set(reasons.locator(".segments .segment").evaluate_all("all => all.map((one) => one.className)"))
         assert shown == {"segment anchors"}
-        assert reasons.locator(".chips code").count() > 0
+        thinned = reasons.locator(".segments .segment").evaluate_all("""all => all.map((one) => ({
+          said: one.querySelector(".said").textContent,
+          marked: [...one.querySelectorAll("mark")].map((it) => it.textContent),
+          anchors: [...one.querySelectorAll(".chip code")].map((it) => it.textContent.trim()),
+          positions: [...one.querySelectorAll(".chip .at")].map((it) => Number(it.textContent.replace(/\\D/g, ""))),
+        }))""")
+        assert len(thinned) > 1
+        for segment in thinned:
+            assert len(segment["anchors"]) == len(segment["positions"]) > 0
+            assert all(text in segment["said"] for text in segment["marked"])
+        positions = [at for segment in thinned for at in segment["positions"]]
+        assert positions == sorted(set(positions))
+        assert words("en")["unseen.none"] in reasons.text_content()
         for width in (400, 768, 1600):
             fits(page, width)
         record = reasons.locator("a").get_attribute("href")
@@ -233,6 +248,33 @@ def test_documents_are_read_shown_asked_and_deleted(browser: Any, site: str, tmp
         page.click("#list .row-actions .danger")
         page.click("#sure .danger")
         page.wait_for_selector("text=文書はまだありません。")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lang", LANGS)
+def test_where_the_attention_went(browser: Any, tmp_path: Path, lang: str) -> None:
+    engine = TorchEngine(tiny_model(), TorchTokenizer(tiny_tokenizer()))
+    said = words(lang)
+    with served(serving.service(tmp_path, engine)) as url, opened(browser, url) as page:
+        page.goto(f"{url}/ui/?lang={lang}")
+        asked(page, STORY * 2)
+        assert said["unseen.unasked"] in reasons_of(page).text_content()
+        page.click("#new")
+        page.evaluate("document.getElementById('attention').checked = true")
+        asked(page, STORY * 2)
+        reasons = reasons_of(page)
+        kinds = reasons.locator("ul.shares li")
+        assert said["att.anchors"] in kinds.all_text_contents()[1]
+        shares = [float(text.strip("%")) for text in kinds.locator(".n").all_text_contents()]
+        assert sum(shares) == pytest.approx(100, abs=0.5)
+        ranked = [float(text.strip("%")) for text in reasons.locator("ol.shares .n").all_text_contents()]
+        assert ranked == sorted(ranked, reverse=True)
+        assert f"{ranked[0]:g}%" in reasons.locator(".attention svg.map").get_attribute("aria-label")
+        fits(page, 400)
+        record = reasons.locator("a").get_attribute("href")
+        page.goto(url + record)
+        page.wait_for_selector("#record .attention")
+        assert [float(it.strip("%")) for it in page.locator("#record ul.shares .n").all_text_contents()] == shares
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
-"""The life of a request over a tiny real model: documents, tenants, limits, time, audit, drain, ladder, observers."""
+"""The life of a request over a tiny real model: documents, tenants, limits, time, audit, drain, policies, the end."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,15 @@ import pytest
 import serving
 from serving import POLICY, STORY, client, events, run, said
 
-from anchorkv.config import preset
 from anchorkv.engines.llama import LlamaEngine
+from anchorkv.errors import SavedStateError
 from anchorkv.serve.audit.errors import AuditUnavailable
 from anchorkv.serve.limits import Limiter, TenantLimits
-from anchorkv.serve.policies import Chosen, Policies
-from anchorkv.serve.requests import Busy
+from anchorkv.serve.policies import Policies
+from anchorkv.serve.safeguard import Safeguard
 from anchorkv.serve.scheduler import Scheduler
-from anchorkv.serve.seams import Answered, Plan, Step
 from anchorkv.serve.service import Service
-from anchorkv.serve.settings_groups import PolicyBounds, RequestLimits
+from anchorkv.serve.settings_groups import CanarySettings, FallbackSettings, PolicyBounds, RequestLimits, WatchSettings
 
 CHAT = "/v1/chat/completions"
 
@@ -219,89 +219,94 @@ def test_draining_lets_what_runs_end_and_takes_nothing_new(served: Service) -> N
     run(work())
 
 
-class Cautious:
-    """A ladder that lets no answer with anchors stand."""
-
-    def before(self, question: Any) -> Plan:
-        return Plan(question.policy, hold=True)
-
-    def after(self, question: Any, plan: Plan, outcome: Any) -> Plan | None:
-        if plan.policy.name == "full":
-            return None
-        return Plan(Chosen("full", preset("full")), (Step(plan.policy.name, "full", "a test says so"),), hold=True)
-
-    def remarks(self, question: Any, plan: Plan, outcome: Any, shown: bool) -> tuple[Step, ...]:
-        return (Step("full", "full", f"shown early: {shown}"),)
-
-
-class Looker:
-    """Notes what it is told."""
-
-    def __init__(self) -> None:
-        self.seen: list[Answered] = []
-        self.refusals: list[int] = []
-
-    def answered(self, answered: Answered) -> None:
-        self.seen.append(answered)
-
-    def refused(self, caller: Any, refused: Any) -> None:
-        self.refusals.append(refused.status)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_the_ladder_answers_once_more_and_those_who_look_on_are_told(
-    model: LlamaEngine, tmp_path: Path, stream: bool
+def test_nothing_is_done_to_a_document_that_is_not_recorded(
+    model: LlamaEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looker = Looker()
-    served = serving.service(tmp_path, model, ladder=Cautious(), observers=[looker])
+    served = serving.service(tmp_path, model)
+
+    def away(*_: Any) -> Any:
+        raise AuditUnavailable("The database is away.")
 
     async def work() -> None:
         async with client(served) as http:
-            reply = await http.post(CHAT, json=said(STORY * 2, stream=stream))
-            figures = events(reply.text)[-1]["anchorkv"] if stream else reply.json()["anchorkv"]
-            assert figures["policy"] == "full"
-            assert figures["dropped"] == 0
-            assert [step["reason"] for step in figures["fallback"]] == ["a test says so", "shown early: False"]
-            (answered,) = looker.seen
-            assert answered.earlier[0].kept_cells < answered.outcome.kept_cells
-            (record,) = (await http.get("/v1/audit", params={"fallback": True})).json()["data"]
-            assert record["details"]["earlier"][0]["full_cells"] > 0
-            await http.post(CHAT, json=said("x", max_tokens=9999))
-            assert looker.refusals == [400]
+            number = (await http.post("/v1/documents", json={"text": STORY})).json()["id"]
+            with monkeypatch.context() as gone:
+                gone.setattr(served.trail.store, "append_all", away)
+                refused = await http.post("/v1/documents", json={"text": STORY * 2})
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_audit")
+                assert (await http.delete(f"/v1/documents/{number}")).status_code == 503
+            assert [one["id"] for one in (await http.get("/v1/documents")).json()["data"]] == [number]
+            with monkeypatch.context() as stuck:
+                stuck.setattr(served.scheduler, "delete_document", cannot)
+                assert (await http.delete(f"/v1/documents/{number}")).status_code == 500
+            assert (await http.delete(f"/v1/documents/{number}")).status_code == 200
+            assert (await http.delete(f"/v1/documents/{number}")).status_code == 404
+            brief = (await http.get("/v1/audit", params={"brief": True})).json()["data"]
+            assert not any("details" in one or "segments" in one for one in brief)
+            done = (await http.get("/v1/audit")).json()["data"]
+            assert [one["id"] for one in brief] == [one["id"] for one in done]
+            actions = [one["details"]["action"] for one in done]
+            assert actions == ["deleted", "not deleted", "deleted", "uploaded"]
+
+    def cannot(*_: Any) -> None:
+        raise SavedStateError("The document cannot be deleted: Read-only file system.")
 
     run(work())
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_stands_when_the_engine_room_refuses_the_next_step(
-    model: LlamaEngine, tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
+def test_an_upload_that_is_given_up_at_its_end_does_not_stay(
+    model: LlamaEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = serving.service(tmp_path, model, ladder=Cautious())
-    submit, submitted = served.submit, []
+    served = serving.service(tmp_path, model, bounds=RequestLimits(seconds=0.2))
+    add = served.scheduler.add_document
 
-    def once(ask: Any) -> Any:
-        submitted.append(ask)
-        if len(submitted) % 2 == 0:
-            raise Busy("256 requests wait already.", 3.0)
-        return submit(ask)
+    class Late(Future[Any]):
+        """Done at the very moment that it is called off."""
 
-    monkeypatch.setattr(served, "submit", once)
+        def __init__(self, facts: Any) -> None:
+            super().__init__()
+            self._facts = facts
+
+        def cancel(self) -> bool:
+            if not self.done():
+                self.set_result(self._facts)
+            return False
+
+    def finished(*given: Any) -> Any:
+        facts = add(*given).result(20)  # written, and only then waited for
+        return Late(facts)
+
+    monkeypatch.setattr(served.scheduler, "add_document", finished)
 
     async def work() -> None:
         async with client(served) as http:
-            reply = await http.post(CHAT, json=said(STORY * 2, stream=stream))
-            assert reply.status_code == 200
-            figures = events(reply.text)[-1]["anchorkv"] if stream else reply.json()["anchorkv"]
-            assert figures["policy"] == "own"
-            up, back, *_ = figures["fallback"]
-            assert (up["after"], back["before"], back["after"]) == ("full", "full", "own")
-            assert "256 requests wait already" in back["reason"]
-            (record,) = (await http.get("/v1/audit")).json()["data"]
-            assert record["fallback"][1]["reason"] == back["reason"]
-            assert served.running == 0
+            reply = await http.post("/v1/documents", json={"text": STORY})
+            assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
+            assert (await http.get("/v1/documents")).json()["data"] == []
 
     run(work())
-    assert len(submitted) == 2
+
+
+def test_closing_twice_and_with_a_watch_that_fails(
+    served: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    guard = Safeguard.of(served.scheduler, served.policies, WatchSettings(), FallbackSettings(), CanarySettings())
+    served.safeguard = guard
+
+    def full() -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(guard.findings, "close", full)
+
+    async def work() -> None:
+        async with client(served) as http:
+            assert (await http.post(CHAT, json=said("Hi"))).status_code == 200
+            await served.close()
+            assert not served.scheduler.alive
+        # and once more by the app's own end
+
+    run(work())
+    assert "No space left on device" in caplog.text
 
 
 def test_who_asks_for_quality_gets_the_full_cache(served: Service) -> None:

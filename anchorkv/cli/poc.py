@@ -180,8 +180,8 @@ def _tell(report: PocReport, run: Run, as_json: bool) -> None:
         note(f"Skipped: {skipped.path} {skipped.reason}.")
     if len(report.skipped) > _TOLD:
         note(f"{len(report.skipped) - _TOLD} more were skipped; the report lists all.")
-    for text in report.left_out:
-        note(text)
+    for remark in report.left_out:
+        note(remark.text)
     if report.redacted:
         note(f"The report has no text of the documents; the records in {run.folder} do, so pass on the report alone.")
     console = stderr() if as_json else stdout()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -147,6 +147,21 @@ class Engine(Protocol):
         """One token (memory, token, position) for each of several sessions, in one batch."""
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class ShowsAttention(Protocol):
+    """What an engine may offer beside `Engine`: where the attention of some tokens goes."""
+
+    def attention(self, memory: Any, tokens: Sequence[int], start: int, mask: Bools, rows: int) -> Floats:
+        """Run `tokens` [n] at positions start, start + 1, … aside: `memory`, one of this engine's, stays as it is.
+
+        mask: booleans [n, held + n], as `Memory.decode` takes it.
+        Returns [held + n], in the order of the mask's columns: the share of the attention that each cell gets, as the
+        mean over layers, heads and the last `rows` tokens; it sums to 1. Raises CapacityError when there is no room,
+        ModelError where the model does not tell.
+        """
+
 
 def surprise_of(logits: Floats, token: int) -> float:
     """-log p(token) under `logits` [vocabulary], in nats."""

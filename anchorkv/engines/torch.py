@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from anchorkv.engines.base import Bools, Ints, ModelInfo, Output, Tokenizer
+from anchorkv.engines.base import Bools, Floats, Ints, ModelInfo, Output, Tokenizer
+from anchorkv.engines.torch_attention import watched
 from anchorkv.engines.torch_cache import CellCache, CellRows
 from anchorkv.engines.torch_memory import TorchMemory, floats, from_numpy, out_of_memory
 from anchorkv.engines.torch_model import (
@@ -150,6 +151,18 @@ class TorchEngine:
             memory.cells.commit(position, 1)
             memory.look_ahead(position + 1, out[r, -1].clone())
         return [Output(logits=row) for row in numbers]
+
+    def attention(self, memory: Any, tokens: Sequence[int], start: int, mask: Bools, rows: int) -> Floats:
+        """As `anchorkv.engines.base.ShowsAttention` says. A forward holds nothing until it is committed, and this one
+        is not."""
+        cells: CellCache = memory.cells
+        queries = np.arange(start, start + len(tokens))
+        keys = np.concatenate([cells.held, queries])
+        with out_of_memory(), watched(self.model, rows) as shares:
+            self.forward([list(tokens)], queries[None], keys[None], mask[None], cells, logits=0)
+        if shares.total is None or shares.layers != self.config.num_hidden_layers:
+            raise ModelError(f"{self._what} does not tell where its attention goes.")
+        return floats(shares.total / shares.layers)
 
     def close(self) -> None:
         """Let go of the model and its batch."""

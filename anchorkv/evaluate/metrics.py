@@ -20,7 +20,8 @@ from anchorkv.errors import ConfigError
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = frozenset(string.punctuation)
+_PUNCTUATION = frozenset(string.punctuation + "‘’“”")
+"""SQuAD's own removes ASCII's alone; quotation marks as word processors write them are none of the answer either."""
 _JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
 
 

@@ -57,10 +57,11 @@ def verdict(gain: Estimate) -> str:
 def bootstrap(figure: Callable[[Ints], float], n: int, seed: int = 0, draws: int = DRAWS) -> float:
     """Standard error of `figure`, a function of the indices [n] of what was drawn with replacement out of n groups.
 
-    For figures that are no plain mean (a ratio of perplexities). NaN for fewer than two groups.
+    For figures that are no plain mean (a ratio of perplexities). NaN for fewer than two groups, or draws with a figure.
     """
     if n < 2:
         return float("nan")
     random = np.random.default_rng(seed)
-    found = [figure(random.integers(0, n, n)) for _ in range(draws)]
-    return float(np.nanstd(found, ddof=1))
+    found = np.asarray([figure(random.integers(0, n, n)) for _ in range(draws)], dtype=np.float64)
+    known = found[~np.isnan(found)]
+    return float(known.std(ddof=1)) if len(known) > 1 else float("nan")

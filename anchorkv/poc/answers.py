@@ -22,7 +22,9 @@ from anchorkv.session import Session, next_logits
 if TYPE_CHECKING:
     from anchorkv.poc.questions import Question
 
-ANSWER_TOKENS = 24
+ANSWER_TOKENS, JAPANESE_TOKENS = 24, 48
+"""Most tokens of an answer: an English tokenizer takes two or three for a Japanese character."""
+_JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _NUMBER = re.compile(r"\d+")
 
 
@@ -95,7 +97,8 @@ def _asked(document: Document, question: Question, mode: RecallMode) -> Record:
 def _written(session: Session, plan: RecallPlan, question: str) -> str:
     """The first line of the greedy answer; what follows is not scored and not written."""
     writer, text = TextWriter(session.engine.tokenizer), ""
-    for token in decode(session, ANSWER_TOKENS, Sampling(), plan=plan, question=question):
+    most = JAPANESE_TOKENS if _JAPANESE.search(question) else ANSWER_TOKENS
+    for token in decode(session, most, Sampling(), plan=plan, question=question):
         text += writer.write(token)
         if "\n" in text.lstrip():
             break

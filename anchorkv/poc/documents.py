@@ -58,16 +58,16 @@ def collect(
         try:
             text = _text(folder / path, max_bytes)
         except DocumentError as error:
-            skipped.append(Skipped(path=_name(path), reason=str(error)))
+            skipped.append(_skip(_name(path), error))
             continue
         source = _source(path, own, text)
         if source.sha256 in found:
-            skipped.append(Skipped(path=source.path, reason=f"has the same text as {found[source.sha256].path}"))
+            first = found[source.sha256].path
+            skipped.append(_skip(source.path, _Unfit(f"has the same text as {first}", "same_text", path=first)))
             continue
         found[source.sha256] = source
     if not found:
-        first = skipped[0] if skipped else None
-        why = f" ({len(skipped)} skipped, the first: {first.path} {first.reason})" if first else ""
+        why = f" ({len(skipped)} skipped, the first: {skipped[0].path} {skipped[0].reason})" if skipped else ""
         raise DocumentError(f"{folder} has no document that can be read{why}; put {KINDS} files into it.")
     return list(found.values()), skipped
 
@@ -96,34 +96,52 @@ def _files(folder: Path, below: Path, left: Collection[Path], skipped: list[Skip
     try:
         entries = sorted(os.scandir(folder / below), key=lambda entry: entry.name)
     except OSError as error:
-        skipped.append(Skipped(path=_name(below) or ".", reason=f"cannot be opened ({error.strerror})"))
+        skipped.append(_skip(_name(below) or ".", _unopened(error)))
         return
     for entry in entries:
         path = below / entry.name
         if folder / path in left or entry.name.lower() in NOT_DOCUMENTS:
             continue
-        reason = _unwanted(entry)
-        if reason:
-            skipped.append(Skipped(path=_name(path), reason=reason))
+        unfit = _unwanted(entry)
+        if unfit:
+            skipped.append(_skip(_name(path), unfit))
         elif entry.is_dir(follow_symlinks=False):
             yield from _files(folder, path, left, skipped)
         else:
             yield path
 
 
-def _unwanted(entry: os.DirEntry[str]) -> str:
-    """Why an entry is not even opened; "" for a file or folder to read."""
+class _Unfit(DocumentError):
+    """What is wrong with a file, without its name; `key` and `values` as in results.Remark."""
+
+    def __init__(self, reason: str, key: str, **values: str) -> None:
+        super().__init__(reason)
+        self.key, self.values = key, values
+
+
+def _skip(path: str, error: DocumentError) -> Skipped:
+    if isinstance(error, _Unfit):
+        return Skipped(path=path, reason=str(error), key=error.key, values=error.values)
+    return Skipped(path=path, reason=str(error))
+
+
+def _unopened(error: OSError) -> _Unfit:
+    return _Unfit(f"cannot be opened ({error.strerror})", "unopened", why=error.strerror or type(error).__name__)
+
+
+def _unwanted(entry: os.DirEntry[str]) -> _Unfit | None:
+    """Why an entry is not even opened; None for a file or folder to read."""
     if entry.name.startswith((".", "~$")):
-        return "is hidden"
+        return _Unfit("is hidden", "hidden")
     try:
         if entry.is_dir(follow_symlinks=False):
-            return ""
+            return None
         mode = entry.stat().st_mode
     except OSError as error:  # a link to nothing, or to itself
-        return f"cannot be opened ({error.strerror})"
+        return _unopened(error)
     if stat.S_ISDIR(mode):
-        return "is a link to a folder, which is not followed"
-    return "" if stat.S_ISREG(mode) else "is no regular file"
+        return _Unfit("is a link to a folder, which is not followed", "linked")
+    return None if stat.S_ISREG(mode) else _Unfit("is no regular file", "irregular")
 
 
 def _text(path: Path, max_bytes: int) -> str:
@@ -131,11 +149,14 @@ def _text(path: Path, max_bytes: int) -> str:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DocumentError(f"cannot be read ({error.strerror})") from None
+        raise _Unfit(
+            f"cannot be read ({error.strerror})", "unread", why=error.strerror or type(error).__name__
+        ) from None
     if not size:
-        raise DocumentError("is empty")
+        raise _Unfit("is empty", "empty")
     if size > max_bytes:
-        raise DocumentError(f"is too large ({size / 2**20:,.1f} MiB; the limit is {max_bytes / 2**20:,.1f})")
+        has, most = f"{size / 2**20:,.1f}", f"{max_bytes / 2**20:,.1f}"
+        raise _Unfit(f"is too large ({has} MiB; the limit is {most})", "too_large", size=has, most=most)
     try:
         return extract(path)
     except DocumentError as error:

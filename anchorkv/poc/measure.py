@@ -25,7 +25,7 @@ from anchorkv.evaluate.run import Models, Record
 from anchorkv.evaluate.ways import FULL, Way
 from anchorkv.ledger import Ledger
 from anchorkv.poc import speed
-from anchorkv.poc.answers import ANSWER_TOKENS, by_mode
+from anchorkv.poc.answers import ANSWER_TOKENS, JAPANESE_TOKENS, by_mode
 from anchorkv.prompt import Prompt
 from anchorkv.session import Session
 from anchorkv.views.segments import states_of
@@ -134,7 +134,7 @@ def settings(plan: Plan, items: Sequence[Item], ways: Sequence[Way], models: Mod
         "questions": {item.id: [[q.text, list(q.answers), q.lead] for q in item.questions] for item in items},
         "ways": {way.name: way.policy.model_dump(mode="json") for way in ways},
         "recall_modes": list(plan.recall_modes), "max_tokens_document": plan.max_tokens_document,
-        "answer_tokens": ANSWER_TOKENS, "first": FIRST, "block": BLOCK,
+        "answer_tokens": [ANSWER_TOKENS, JAPANESE_TOKENS], "first": FIRST, "block": BLOCK,
         "fingerprints": sorted({models.of(way).engine.info.fingerprint for way in ways}),
     }
 

@@ -6,9 +6,9 @@ Nothing here computes: `measure.py` and `summary.py` fill it, `verdict.py` judge
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from anchorkv.config import AnchorConfig, RecallMode
 from anchorkv.errors import SavedStateError
@@ -230,9 +230,32 @@ class FallbackRule(Part):
     evidence: float | None = None
 
 
+class Remark(Part):
+    """What a reader should know of the run. text: in English. key, values: for a report in any language (`said.KEY` of
+    its words); "" where there is English alone."""
+
+    text: str
+    key: str = ""
+    values: dict[str, str] = {}
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class Skipped(Part):
+    """A file that was not used; key and values as in Remark."""
+
     path: str
     reason: str
+    key: str = ""
+    values: dict[str, str] = {}
+
+
+def _remarks(given: Any) -> Any:
+    """Plain sentences are remarks too: what an engine says of an error, and what older reports hold."""
+    if not isinstance(given, (list, tuple)):
+        return given
+    return tuple(Remark(text=one) if isinstance(one, str) else one for one in given)
 
 
 class PocReport(Part):
@@ -260,7 +283,7 @@ class PocReport(Part):
     capacity: Capacity
     rules: tuple[FallbackRule, ...]
     skipped: tuple[Skipped, ...]
-    left_out: tuple[str, ...] = Field(description="what the time budget left out, a sentence each")
+    left_out: Annotated[tuple[Remark, ...], BeforeValidator(_remarks)] = Field(description="what was not measured")
     own_questions: bool = Field(description="whether the user's own questions were asked; else cloze questions")
 
     def to_json(self) -> str:

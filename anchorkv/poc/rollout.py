@@ -17,7 +17,7 @@ from anchorkv.config import AnchorConfig, RecallMode, preset
 from anchorkv.errors import AnchorKVError, ConfigError, SavedStateError
 from anchorkv.evaluate.ways import FULL
 from anchorkv.optional import library
-from anchorkv.poc.results import AreaResult, FallbackRule, Part, PocReport, VerdictKind
+from anchorkv.poc.results import AreaResult, FallbackRule, Part, PocReport, Thresholds, VerdictKind
 from anchorkv.poc.rules import Watch, chosen_way, condition, holds, watch
 from anchorkv.poc.verdict import MILDEST
 
@@ -59,6 +59,9 @@ class Rollout(Part):
     policies: dict[str, AnchorConfig]
     areas: dict[str, AreaPlan]
     watch: Watch
+    thresholds: Thresholds = Field(
+        default_factory=lambda: Thresholds.model_validate({}), description="what the proof of concept asked for"
+    )
     ladder: tuple[Step, ...] = Field(description="from what is chosen to the full cache, each step safer and larger")
     rules: tuple[FallbackRule, ...]
 
@@ -157,7 +160,8 @@ def rollout(report: PocReport) -> Rollout:
             )
             for area in report.areas
         },
-        watch=watch(chosen_way(overall), thresholds), ladder=_ladder(overall), rules=report.rules,
+        watch=watch(chosen_way(overall), thresholds), thresholds=thresholds, ladder=_ladder(overall),
+        rules=report.rules,
     )
 
 

@@ -20,7 +20,10 @@ from anchorkv.errors import ConfigError
 from anchorkv.poc.results import AreaResult, DocumentResult, FallbackRule, Part, Thresholds, WayResult
 from anchorkv.poc.verdict import QUALITY
 
-FEATURES = ("numbers", "names", "code", "tables", "repeated_names", "rare_words", "japanese")
+FEATURES = (
+    "numbers", "names", "code", "tables", "repeated_names", "rare_words", "returning_terms", "returning_phrases",
+    "japanese",
+)
 """Those that a rule may follow from: shares, so that a limit between two areas means something."""
 BECAUSE = (
     "fails_memory", "fails_speed", "fails_quality", "fails_perplexity", "fails_agreement", "needs_recall",

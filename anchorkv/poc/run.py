@@ -26,7 +26,7 @@ from anchorkv.poc.documents import Source, collect, cut
 from anchorkv.poc.measure import Job
 from anchorkv.poc.plan import Plan
 from anchorkv.poc.questions import KINDS, BadRow, Question, own_questions
-from anchorkv.poc.results import PocReport, Skipped
+from anchorkv.poc.results import PocReport, Remark, Skipped
 
 HOME = Path("poc")
 """Where runs without a folder of their own have theirs."""
@@ -57,7 +57,7 @@ class Run:
             leave=[path for path in (asked, plan.out, HOME) if path is not None],
         )
         self.plan = plan if plan.title else plan.changed(title=_title(plan))
-        self.left_out: list[str] = []
+        self.left_out: list[Remark] = []
         own = self._own_questions(asked, sources)
         self.models = models
         self.ways = measure.ways_of(plan.resolved(models.own(merging)))
@@ -89,14 +89,20 @@ class Run:
         found = [q for q in own if (q.passage and q.passage in texts[q.document]) or
                  (not q.passage and contains(texts[q.document], q.answers))]
         if len(found) < len(own):
-            missing = _of(len(own) - len(found), "question")
-            self.left_out.append(f"{missing} not asked: the answer stands in a part of the document that was not read.")
+            missing = len(own) - len(found)
+            self.left_out.append(Remark(
+                text=f"{_of(missing, 'question')} not asked: the answer stands in a part of the document that was not "
+                "read.", key="not_asked", values={"n": f"{missing:,}"},
+            ))
         return found
 
     def _tell_cut(self, sources: Sequence[Source], read: Sequence[Source], most: int) -> None:
         shorter = [source.id for source, part in zip(sources, read, strict=True) if part is not source]
         if shorter:
-            self.left_out.append(f"Only the first {most:,} tokens were read of {_named(shorter)}.")
+            self.left_out.append(Remark(
+                text=f"Only the first {most:,} tokens were read of {_named(shorter)}.", key="cut",
+                values={"tokens": f"{most:,}", **_names(shorter)},
+            ))
 
     def _open(self, fresh: bool) -> Store:
         """The store in the plan's folder, or in the first one of its name that holds no other run."""
@@ -174,20 +180,31 @@ class Run:
         seconds: float = sum(record["seconds"] for record in same)
         return seconds / read * sizes[job.item.id] if read else 0.0
 
-    def _not_measured(self, left: Sequence[Job]) -> Iterator[str]:
-        """A sentence for each kind of job that the budget left out."""
+    def _not_measured(self, left: Sequence[Job]) -> Iterator[Remark]:
+        """A remark for each kind of job that the budget left out."""
         if not left:
             return
-        up = f"The {self.plan.budget_minutes:g} minutes were up"
+        up, minutes = f"The {self.plan.budget_minutes:g} minutes were up", {"minutes": f"{self.plan.budget_minutes:g}"}
         documents = list(dict.fromkeys(job.item.id for job in left if job.task == "document"))
         if documents:
-            yield f"{up}: {len(documents)} of {len(self.items)} documents were not measured ({_named(documents)})."
+            yield Remark(
+                text=f"{up}: {len(documents)} of {len(self.items)} documents were not measured ({_named(documents)}).",
+                key="documents_left",
+                values={**minutes, "n": f"{len(documents):,}", "all": f"{len(self.items):,}", **_names(documents)},
+            )
         areas = list(dict.fromkeys(job.item.source.area for job in left if job.task == "speed"))
         if areas:
-            yield f"{up}: speed was not measured in {_named(areas)}."
+            yield Remark(
+                text=f"{up}: speed was not measured in {_named(areas)}.", key="speed_left",
+                values={**minutes, **_names(areas)},
+            )
         grounds = {job.item.id for job in left if job.task == "ground"} - set(documents)
         if grounds:
-            yield f"{up}: what anchors recover of the context was not measured for {_of(len(grounds), 'document', '')}."
+            yield Remark(
+                text=f"{up}: what anchors recover of the context was not measured for "
+                f"{_of(len(grounds), 'document', '')}.", key="ground_left",
+                values={**minutes, "n": f"{len(grounds):,}"},
+            )
 
     # --- the report ------------------------------------------------------------------------------------------------
 
@@ -253,6 +270,11 @@ def _tell(progress: Callable[[Run], None] | None, running: Run) -> None:
 def _of(number: int, what: str, verb: str = "were") -> str:
     one = number == 1
     return f"{number} {what}{'' if one else 's'} {('was' if one else verb) if verb else ''}".strip()
+
+
+def _names(names: Sequence[str]) -> dict[str, str]:
+    """For the words of a remark: some names, and of how many."""
+    return {"names": ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")}
 
 
 def _named(names: Sequence[str]) -> str:

@@ -23,8 +23,10 @@ from anchorkv.poc.results import (
     Capacity,
     DocumentResult,
     Features,
+    Lang,
     ModelFacts,
     PocReport,
+    Remark,
     Skipped,
     WayResult,
     WorstCase,
@@ -38,11 +40,12 @@ if TYPE_CHECKING:
 
 HIDDEN = "•"
 """A token of a redacted anchor view."""
+HIDDEN_TEXT: dict[Lang, str] = {"en": "[{n} characters, {hash}]", "ja": "［{n}文字、{hash}］"}
 
 
 def report(
     plan: Plan, items: Sequence[Item], records: Iterable[Record], ways: Sequence[Way], models: Models, *,
-    skipped: Sequence[Skipped] = (), left_out: Sequence[str] = (), seconds: float = 0.0,
+    skipped: Sequence[Skipped] = (), left_out: Sequence[Remark] = (), seconds: float = 0.0,
 ) -> PocReport:
     """All that a run found, redacted where the plan says so. records: of the Store, of any task of measure.jobs.
 
@@ -74,7 +77,7 @@ def report(
         threads=plan.threads, thresholds=plan.thresholds, overall=overall, areas=areas, documents=documents,
         worst=worst(found.documents[FULL], chosen), capacity=machine,
         rules=rules(overall, areas, documents, plan.thresholds), skipped=tuple(skipped),
-        left_out=(*left_out, *found.failed, *missing), own_questions=own,
+        left_out=(*left_out, *(Remark(text=error) for error in (*found.failed, *missing))), own_questions=own,
     )
     return redacted(whole) if plan.redact else whole
 
@@ -169,7 +172,7 @@ def redacted(report: PocReport) -> PocReport:
 
     def hidden(text: str) -> str:
         digest = hashlib.sha256(salt + text.encode("utf-8", "surrogatepass")).hexdigest()
-        return f"[{len(text)} characters, {digest[:8]}]" if text else ""
+        return HIDDEN_TEXT[report.lang].format(n=len(text), hash=digest[:8]) if text else ""
 
     def case(of: WorstCase) -> WorstCase:
         texts = {name: hidden(getattr(of, name)) for name in ("question", "expected", "full_answer", "lost", "kept",

@@ -7,6 +7,7 @@ from typing import Any
 
 from anchorkv.evaluate.run import Record
 from anchorkv.evaluate.ways import FULL
+from anchorkv.poc.measure import LOST
 from anchorkv.poc.results import WorstCase
 from anchorkv.poc.verdict import MILDEST
 
@@ -53,7 +54,8 @@ def _case(document: str, area: str, asked: Mapping[str, Any], answered: Mapping[
         full_answer=asked["answers"]["off"]["answer"],
         answers={mode: given["answer"] for mode, given in answers.items()},
         correct={FULL: asked["answers"]["off"]["correct"], **{mode: a["correct"] for mode, a in answers.items()}},
-        lost=_around(answered["passage"], answered["accepted"][0]), kept=_around(answered["kept"], ""),
+        lost=_around(answered["passage"], answered["accepted"][0]),
+        kept=_around(answered["kept"], "") if answered["kept"].strip(f"{LOST} \n") else "",
         recalled=_around(recalled, answered["passage"] or answered["accepted"][0]),
     )
 

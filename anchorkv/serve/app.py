@@ -50,7 +50,7 @@ def make_app(service: Service, hosts: Sequence[str] = LOOPBACK_HOSTS) -> FastAPI
 
 
 def _describe(app: FastAPI) -> None:
-    """The OpenAPI description without what is not so: nothing here answers with a list of pydantic's problems."""
+    """Make the OpenAPI description whole: every error that can come, and no other."""
     described = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _describe(app: FastAPI) -> None:
         if fresh:
             for path in found["paths"].values():
                 for operation in path.values():
-                    operation["responses"].pop("422", None)
+                    errors.describe(operation)
             schemas = found["components"]["schemas"]
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)

@@ -32,10 +32,13 @@ class Exchange:
         """shown: pieces are shown as they come, unless the ladder wants to see the answer first."""
         self._service, self.question, self._shown = service, question, shown
         self.plan = Plan(question.policy)
-        self._earlier: list[Outcome] = []
         self._handle: Handle | None = None
-        self._expired = False
-        self._answered: Answered | None = None
+        self._before: list[tuple[Plan, Handle]] = []
+        """Answers that the ladder did not let stand, each with its plan."""
+        self._failed: list[Outcome] = []
+        """Attempts at a safer answer that came to nothing."""
+        self._off = self._expired = False
+        self._recording: asyncio.Task[Answered] | None = None
 
     async def prepare(self) -> None:
         """Ask the ladder which policy to begin with."""
@@ -47,17 +50,18 @@ class Exchange:
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """The answer as it is written; of several that the ladder tried, the one that stands."""
-        while True:
-            handle = self._running
-            if not self._shown or self.plan.hold:
-                outcome = await handle.outcome()
-                again = self._again(outcome)
-                if again is not None and await self._answer_again(again):
-                    self._earlier.append(outcome)
-                    continue
-            async for piece in handle:
-                yield piece
-            return
+        while not self._shown or self.plan.hold:
+            outcome = await self._running.outcome()
+            if outcome.finish in ("error", "cancelled"):
+                self._step_back(outcome)
+                break
+            again = None if self._off else await asyncio.to_thread(
+                self._service.ladder.after, self.question, self.plan, outcome
+            )
+            if again is None or not await self._answer_again(again):
+                break
+        async for piece in self._running:
+            yield piece
 
     async def answered(self) -> Answered:
         """How it ended, after it was recorded. Raises Refused: nothing may be acknowledged then."""
@@ -65,21 +69,19 @@ class Exchange:
         outcome = found.outcome
         if outcome.finish == "error":
             raise Refused(500, outcome.error or "The server failed; the fault is in its log.", code="engine_error")
-        if self._expired:
-            raise timed_out(self._service.bounds.seconds)
         if outcome.finish == "cancelled":
-            raise stopping()
+            raise self._late()
         return found
 
     @property
     def over(self) -> bool:
         """Whether it has ended and is being recorded, or never began."""
-        return self._answered is not None or self._handle is None
+        return self._recording is not None or self._handle is None
 
     @property
     def tokens(self) -> int:
-        """Read and written by now, as far as it is known."""
-        outcomes = [*self._earlier, *([self._answered.outcome] if self._answered else [])]
+        """Read and written by what has ended."""
+        outcomes = [*self._earlier, *([self._handle.done()] if self._handle and self._handle.ended else [])]
         return sum(o.prompt_tokens - o.cached_tokens + o.completion_tokens for o in outcomes)
 
     def expire(self) -> None:
@@ -88,6 +90,7 @@ class Exchange:
         self.call_off()
 
     def call_off(self) -> None:
+        self._off = True
         if self._handle is not None:
             self._handle.cancel()
 
@@ -98,18 +101,37 @@ class Exchange:
                 await self._ended()
             except AnchorKVError as error:
                 log.error("nothing took the record of %s, which nobody got: %s", self.question.ask.id, error)
+            except Exception:  # the records of the other answers must be written all the same
+                log.exception("%s, which nobody got, could not be recorded", self.question.ask.id)
 
     async def _ended(self) -> Answered:
-        if self._answered is None:
+        """Recorded once, whoever asks first: who reads a stream may still be about when the request is over."""
+        await self._running.outcome()
+        if self._recording is None:
             handle = self._running
-            outcome = await handle.outcome()
-            if outcome.finish in ("stop", "length"):
-                shown = self._shown and not self.plan.hold
-                remarks = self._service.ladder.remarks(self.question, self.plan, outcome, shown)
-                self.plan = replace(self.plan, steps=(*self.plan.steps, *remarks))
-            self._answered = Answered(self.question, self.plan, handle.ask, outcome, tuple(self._earlier))
-            await asyncio.shield(self._service.later(self._service.record(self._answered)))
-        return self._answered
+            answered = Answered(self.question, self.plan, handle.ask, handle.done(), tuple(self._earlier))
+            self._recording = self._service.later(self._record(answered))
+        return await asyncio.shield(self._recording)
+
+    async def _record(self, answered: Answered) -> Answered:
+        if answered.outcome.finish in ("stop", "length"):
+            remarks = await asyncio.to_thread(self._remarks, answered)
+            plan = replace(answered.plan, steps=(*answered.plan.steps, *remarks))
+            answered = replace(answered, plan=plan)
+        await self._service.record(answered)
+        return answered
+
+    def _remarks(self, answered: Answered) -> tuple[Step, ...]:
+        shown = self._shown and not answered.plan.hold
+        try:
+            return self._service.ladder.remarks(self.question, answered.plan, answered.outcome, shown)
+        except Exception:  # the answer may be shown already: its record must be written
+            log.exception("the ladder could not look at %s", self.question.ask.id)
+            return ()
+
+    @property
+    def _earlier(self) -> list[Outcome]:
+        return [*(handle.done() for _, handle in self._before), *self._failed]
 
     @property
     def _running(self) -> Handle:
@@ -122,21 +144,38 @@ class Exchange:
         try:
             handle = await self._submit(plan)
         except AnchorKVError as error:
-            wanted, stands = plan.policy.name, self.plan.policy.name
-            back = Step(wanted, stands, f"No answer with '{wanted}' could be had, so this one stands. {error}")
-            self.plan = replace(self.plan, steps=(*plan.steps, back))
+            self._let_stand(self.plan, plan, str(error))
             return False
+        if self._off:
+            self._let_stand(self.plan, plan, str(self._late()))
+            return False
+        self._before.append((self.plan, self._running))
         self.plan, self._handle = plan, handle
         return True
 
+    def _step_back(self, outcome: Outcome) -> None:
+        """The attempt came to nothing: the answer before it stands, if there is one."""
+        if not self._before or self._recording is not None:
+            return
+        self._failed.append(outcome)
+        stands, self._handle = self._before.pop()
+        self._let_stand(stands, self.plan, outcome.error or str(self._late()))
+
+    def _let_stand(self, stands: Plan, wanted: Plan, why: str) -> None:
+        before, after = wanted.policy.name, stands.policy.name
+        back = Step(before, after, f"No answer with '{before}' could be had, so this one stands. {why}")
+        self.plan = replace(stands, steps=(*wanted.steps, back))
+
+    def _late(self) -> Refused:
+        """Why it was called off."""
+        return timed_out(self._service.bounds.seconds) if self._expired else stopping()
+
     async def _submit(self, plan: Plan) -> Handle:
         ask = replace(self.question.ask, policy=plan.policy.config)
-        return await self._service.in_thread(lambda: self._service.submit(ask), Handle.cancel)
-
-    def _again(self, outcome: Outcome) -> Plan | None:
-        if outcome.finish in ("error", "cancelled"):
-            return None
-        return self._service.ladder.after(self.question, self.plan, outcome)
+        handle = await self._service.in_thread(lambda: self._service.submit(ask), Handle.cancel)
+        if self._off:  # meanwhile
+            handle.cancel()
+        return handle
 
 
 class Asking:
@@ -147,6 +186,7 @@ class Asking:
         self.exchanges = [Exchange(service, question, shown) for question in questions]
         self._lease: Lease | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._left = False
 
     async def __aenter__(self) -> Self:
         """Raises Refused, Busy, TooLarge, NotFound, ConfigError; then nothing runs."""
@@ -174,6 +214,9 @@ class Asking:
         self._leave()
 
     def _leave(self) -> None:
+        if self._left:
+            return
+        self._left = True
         if all(exchange.over for exchange in self.exchanges):
             self._close()
             return

@@ -1,15 +1,19 @@
-"""What an auditor wants to know of a session: per segment, what is held, what was dropped, and why."""
+"""What an auditor wants to know of a session: per segment, what is held, what was dropped, and why; and where the
+attention of an answer went."""
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 
+from anchorkv.engines.base import ShowsAttention
 from anchorkv.ledger import State
-from anchorkv.serve.requests import RecalledSegment, SegmentFacts
+from anchorkv.serve.requests import AttentionFacts, RecalledSegment, SegmentFacts
 from anchorkv.session import Session
+from anchorkv.visibility import dense_mask
 
 
 def segment_facts(session: Session) -> tuple[SegmentFacts, ...]:
@@ -41,6 +45,7 @@ def _facts(
         number=number, start=start, stop=stop, tokens=stop - start, kept=stop - start - dropped, dropped=dropped,
         pinned=counts[State.PINNED], recalled=counts[State.RECALLED], why=tuple(why.get(number, ())),
         text=_text(tokens, texts), anchors=tuple(_text([tokens[at]], texts) for at in stayed),
+        anchor_positions=tuple(start + at for at in stayed), anchor_spans=_spans(tokens, stayed, texts),
     )
 
 
@@ -53,6 +58,51 @@ def recalled_facts(session: Session, numbers: Sequence[int]) -> tuple[RecalledSe
         text = _text(ledger.tokens[span].tolist(), texts)
         found.append(RecalledSegment(number, cells[-1] if cells else 0, int(span[0]), int(span[-1]) + 1, text))
     return tuple(found)
+
+
+def attention_facts(session: Session, prompt: int) -> AttentionFacts | None:
+    """Where the attention went while the answer was written, by one more pass over it. None where the engine does not
+    tell, or nothing was written.
+
+    prompt: tokens of the text before the answer, added anchors not counted. What the answer still saw whole and is
+    freed by now is read again for it; a segment that recall brought meanwhile and took away again is left out.
+    Raises CapacityError, ModelError.
+    """
+    engine, ledger = session.engine, session.ledger
+    real = np.flatnonzero(~ledger.column("added"))
+    if not isinstance(engine, ShowsAttention) or not 0 < prompt < len(real):
+        return None
+    answer, stop = int(real[prompt]), int(real[-1])  # nothing was drawn after the last token
+    held, segment = session.memory.positions(), ledger.column("segment")
+    seen_whole = ledger.span(max(0, int(segment[answer - 1]) - session.config.recent_window))[0]
+    start = int(np.setdiff1d(np.arange(seen_whole, answer - 1), held).min(initial=answer - 1))
+    queries = np.arange(start, stop)
+    keys = np.concatenate([held, queries])
+    mask = dense_mask(ledger.layout(), queries, keys)
+    mask[:, : len(held)] &= held < start  # what is read again is not seen twice
+    shares = engine.attention(session.memory, ledger.tokens[queries].tolist(), start, mask, stop - answer + 1)
+
+    kinds = np.where(keys < answer, ledger.column("state")[keys], -1)
+
+    def of(*states: int) -> float:
+        return float(shares[np.isin(kinds, states)].sum())
+
+    return AttentionFacts(
+        sinks=of(State.SINK), pinned=of(State.PINNED), anchors=of(State.ANCHOR), recalled=of(State.RECALLED),
+        recent=of(State.WHOLE, State.DROPPED), answer=of(-1),
+        segments=tuple(np.bincount(segment[keys], weights=shares, minlength=ledger.segments).tolist()),
+    )
+
+
+def _spans(tokens: list[int], wanted: list[int], texts: dict[int, bytes]) -> tuple[tuple[int, int], ...]:
+    """Of the tokens at `wanted`: their first character in the text of `tokens`, and the one after their last."""
+    decoder, spans, done = getincrementaldecoder("utf-8")("replace"), [], 0
+    for token in tokens if wanted else ():
+        first = done
+        done += len(decoder.decode(texts[token]))
+        begun = bool(decoder.getstate()[0])  # a character that the next token ends
+        spans.append((first, done + begun))
+    return tuple(spans[at] for at in wanted)
 
 
 def _pieces(session: Session) -> dict[int, bytes]:

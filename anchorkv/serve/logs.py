@@ -48,6 +48,8 @@ _TELLING: tuple[type[BaseException], ...] = (
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 """Fields that every record has; the others were given as `extra`."""
 _QUIET = ("/health/", "/metrics")
+_CHATTY = ("httpx", "httpcore", "alembic", "sqlalchemy.engine", "bm25s")
+"""Loggers of libraries that have nothing to say here below a warning."""
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -60,7 +62,9 @@ def setup(level: str = "info", form: LogForm | None = None, stream: TextIO | Non
     as_json = form == "json" or (form is None and not stream.isatty())
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
-    handler.setLevel(level.upper())  # libraries that are imported later may choose a lower level for themselves
+    # At the handler, for libraries that are imported later choose a level for themselves.
+    handler.setLevel(level.upper())
+    handler.addFilter(_of_use)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -68,10 +72,12 @@ def setup(level: str = "info", form: LogForm | None = None, stream: TextIO | Non
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    for name in ("httpx", "httpcore", "alembic", "sqlalchemy.engine"):  # theirs is of no use here below a warning
-        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(True)
     return handler
+
+
+def _of_use(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or not record.name.startswith(_CHATTY)
 
 
 def clean(text: str) -> str:

@@ -60,7 +60,7 @@ class Metrics:
         self._recalled = self._counter("request_recalled_segments", "Segments that were recalled.", *by_policy)
         self._reduction = self._histogram("request_kv_reduction", "Full cells per kept cell.", _REDUCTIONS, "policy")
         self._steps = self._counter("fallback_steps", "Steps to safer policies.", "code", "because", "dry_run")
-        self._fallen = self._counter("fallback_requests", "Answers that took such a step.", *by_tenant)
+        self._fallen = self._counter("fallback_requests", "Answers that stand on such a step.", *by_tenant)
         self._seconds = {
             name: self._histogram(f"{name}_seconds", said, buckets) for name, said, buckets in (
                 ("time_to_first_token", "From asking to the first token.", _WAITS),
@@ -97,7 +97,7 @@ class Metrics:
         for step in answered.plan.steps:
             known = step if isinstance(step, FallbackStep) else FallbackStep(step.before, step.after, step.reason)
             self._steps.labels(known.code or "other", known.because, str(known.dry_run).lower()).inc()
-        if any(step.before != step.after for step in answered.plan.steps):
+        if answered.plan.policy.name != answered.question.policy.name:  # not what a dry run or a refused step wanted
             self._fallen.labels(tenant).inc()
         if ended:
             self._queries.labels(tenant).inc(outcome.prompt_tokens)

@@ -82,6 +82,8 @@ class Ask:
     """Score these ids as the answer instead of writing one: `answer_logprob` and, with `logprobs`, every piece's."""
     recall_segments: tuple[int, ...] | None = None
     """Recall exactly these segments (numbers as in `Outcome.segments`) instead of what the policy would."""
+    attention: bool = False
+    """Say where the answer's attention went, if the engine tells; takes one more pass over the answer."""
     reuse: bool = True
     """May go on from what an earlier request of this tenant has read, and leave its own for later ones."""
 
@@ -138,6 +140,10 @@ class SegmentFacts:
     text: str = field(default="", repr=False)
     anchors: tuple[str, ...] = field(default=(), repr=False)
     """Texts of the tokens that stayed, of a segment that is no longer whole."""
+    anchor_positions: tuple[int, ...] = ()
+    """Of the same tokens, in the whole stream."""
+    anchor_spans: tuple[tuple[int, int], ...] = ()
+    """Their first characters in `text` and the ones after their last; tokens that share a character overlap."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,23 @@ class RecalledSegment:
     start: int
     stop: int
     text: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True)
+class AttentionFacts:
+    """Where the attention went while the answer was written: shares that sum to 1, as means over layers, heads and the
+    tokens that the answer's were drawn after."""
+
+    sinks: float
+    pinned: float
+    anchors: float
+    recalled: float
+    recent: float
+    """What is still whole, or was while the answer was written."""
+    answer: float
+    """The answer itself."""
+    segments: tuple[float, ...]
+    """Of each segment in `Outcome.segments`; the answer's own are among them."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +205,8 @@ class Outcome:
     kv_bytes: int = 0
     recalled: tuple[RecalledSegment, ...] = ()
     segments: tuple[SegmentFacts, ...] = ()
+    attention: AttentionFacts | None = None
+    """Where it was asked for and the engine tells."""
     queue_seconds: float = 0.0
     """From asking until the first token of the prompt was read."""
     prefill_seconds: float = 0.0

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -95,8 +96,14 @@ class Service:
 
     def refused(self, caller: Principal | None, refused: Refused) -> None:
         """Tell those who look on."""
+        self._tell(lambda observer: observer.refused(caller, refused))
+
+    def _tell(self, told: Callable[[Observer], None]) -> None:
         for observer in self.observers:
-            observer.refused(caller, refused)
+            try:
+                told(observer)
+            except Exception:  # what is recorded is to be given, and the others are to be told
+                log.exception("%s, who looks on, failed", type(observer).__name__)
 
     # --- asking ------------------------------------------------------------------------------------------------
 
@@ -150,8 +157,7 @@ class Service:
         """Write the audit record, then tell the observers. Raises Refused (503) when nothing takes the record: the
         answer must not be acknowledged then."""
         await self._append(lambda: self._record_of(answered))
-        for observer in self.observers:
-            observer.answered(answered)
+        self._tell(lambda observer: observer.answered(answered))
 
     def _record_of(self, answered: Answered) -> Record:
         ask, title, text = answered.ask, "", None
@@ -159,7 +165,7 @@ class Service:
             try:
                 title = self.scheduler.documents.get(ask.tenant, ask.document).title
                 text = self.scheduler.documents.text(ask.tenant, ask.document)
-            except AnchorKVError:  # deleted, or damaged, meanwhile
+            except (AnchorKVError, OSError):  # deleted, or damaged, meanwhile
                 text = None
         earlier = [
             {"policy_config": o.policy.model_dump(mode="json", exclude={"pinned"}), "answer_logprob": o.answer_logprob,
@@ -213,25 +219,56 @@ class Service:
             self.limits.enter(caller, size // 4 + 1) as lease,
         ):
             future = await self.in_thread(
-                lambda: self.scheduler.add_document(caller.tenant, text, policy.config, title), lambda it: it.cancel()
+                lambda: self.scheduler.add_document(caller.tenant, text, policy.config, title), self._give_up
             )
             try:
                 async with asyncio.timeout(self.bounds.seconds):
                     facts = await asyncio.wrap_future(future)
-            except TimeoutError:
-                raise timed_out(self.bounds.seconds) from None
+            except BaseException as error:
+                self._give_up(future)
+                if isinstance(error, TimeoutError):
+                    raise timed_out(self.bounds.seconds) from None
+                raise
             lease.settle(facts.tokens)
-            await self._note(caller, "uploaded", facts.id, policy.config)
+            await asyncio.shield(self.later(self._note_upload(caller, facts)))
         return facts
+
+    def _give_up(self, upload: Future[DocumentFacts]) -> None:
+        """Nobody waits for it any more: it must not stay without a record."""
+        upload.cancel()
+        if not upload.cancelled() and upload.exception() is None:
+            self._remove(upload.result())
+
+    async def _note_upload(self, caller: Principal, facts: DocumentFacts) -> None:
+        """What cannot be recorded does not stay. Raises Refused."""
+        try:
+            await self._note(caller, "uploaded", facts.id, facts.policy)
+        except Exception:
+            await asyncio.to_thread(self._remove, facts)
+            raise
+
+    def _remove(self, facts: DocumentFacts) -> None:
+        try:
+            self.scheduler.delete_document(facts.tenant, facts.id)
+        except AnchorKVError as error:
+            log.error("the document %s, which nobody was told of, stays: %s", facts.id, error)
 
     def _stored(self, tenant: str) -> int:
         """Bytes that a tenant's documents take, by the files' sizes where there are any."""
         return sum(facts.file_bytes or 4 * facts.tokens for facts in self.scheduler.list_documents(tenant))
 
     async def delete_document(self, caller: Principal, number: str) -> None:
-        """Raises NotFound, SavedStateError."""
-        await asyncio.to_thread(self.scheduler.delete_document, caller.tenant, number)
+        """It is recorded first: nothing is taken away unseen. Raises NotFound, SavedStateError, Refused."""
+        await asyncio.to_thread(self.scheduler.get_document, caller.tenant, number)
+        await asyncio.shield(self.later(self._delete(caller, number)))
+
+    async def _delete(self, caller: Principal, number: str) -> None:
         await self._note(caller, "deleted", number, None)
+        try:
+            await asyncio.to_thread(self.scheduler.delete_document, caller.tenant, number)
+        except AnchorKVError:
+            await self._note(caller, "not deleted", number, None)
+            raise
 
     async def _note(self, caller: Principal, action: str, number: str, policy: AnchorConfig | None) -> None:
         """What was done to a document, for the auditor."""
@@ -269,11 +306,12 @@ class Service:
             task.add_done_callback(lambda it: it.cancelled() or it.exception() or undo(it.result()))
             raise
 
-    def later(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Do `work` though nobody waits for it; the server does not end before it is done."""
+    def later(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Do `work` though nobody may wait for it; the server does not end before it is done."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda it: it.cancelled() or it.exception())  # whoever does wait is told
         return task
 
     def counted(self) -> _Counted:
@@ -302,7 +340,10 @@ class Service:
         for task in self.beside:
             await task.stop()
         if self.safeguard is not None:
-            await self.safeguard.stop()
+            try:
+                await self.safeguard.stop()
+            except Exception:  # what runs must be ended and recorded all the same
+                log.exception("the quality watch did not end in order")
         await asyncio.to_thread(self.scheduler.stop, False)
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -12,16 +13,18 @@ import numpy as np
 
 from anchorkv.config import AnchorConfig
 from anchorkv.engines.base import Engine, Ints
+from anchorkv.errors import AnchorKVError
 from anchorkv.recall import RecallPlan
 from anchorkv.serve.cells import Held, most_cells
-from anchorkv.serve.facts import recalled_facts, segment_facts
+from anchorkv.serve.facts import attention_facts, recalled_facts, segment_facts
 from anchorkv.serve.handle import Handle
 from anchorkv.serve.prefixes import Owner, Parked, owner
 from anchorkv.serve.prompts import Script
-from anchorkv.serve.requests import Ask, DocumentFacts, Finish, Outcome
+from anchorkv.serve.requests import Ask, AttentionFacts, DocumentFacts, Finish, Outcome
 from anchorkv.serve.writing import Writing
 from anchorkv.session import Session, next_logits
 
+log = logging.getLogger("anchorkv.serve")
 PATIENCE = 16
 """Requests that may be admitted before an older one; then all wait for it."""
 LEAST_GROWTH = 8
@@ -301,6 +304,8 @@ class Slot:
             raise RuntimeError("a document's reading has no outcome")
         now = self._clock()
         held = {} if self.held is None else self._held_facts(self.session)
+        if finish in ("stop", "length"):
+            held["attention"] = self._attention()
         logprobs = writing.logprobs
         return Outcome(
             id=ask.id, tenant=ask.tenant, finish=finish, text=writing.text, policy=self.policy, document=ask.document,
@@ -321,6 +326,16 @@ class Slot:
             "kv_bytes": figures.kept_bytes, "segments": segment_facts(session),
             "recalled": recalled_facts(session, self.plan.brought if self.plan is not None else ()),
         }
+
+    def _attention(self) -> AttentionFacts | None:
+        """None where nobody asked, or it cannot be had: the answer stands all the same."""
+        if self.held is None or self.low or self.ask is None or not self.ask.attention:
+            return None
+        try:
+            return attention_facts(self.session, len(self.script))
+        except AnchorKVError as error:
+            log.warning("the attention of %s cannot be told: %s", self.ask.id, error)
+            return None
 
     def close(self) -> None:
         """Free its cells; it may begin again."""

@@ -246,7 +246,8 @@ def show(found: Sequence[Record], tasks: Sequence[str]) -> None:
         Console().print(table)
 
 
-def main() -> None:
+def given() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -265,7 +266,11 @@ def main() -> None:
     parser.add_argument("--environment", type=Path, default=caches / "peers", help="of the peers; built at first use")
     parser.add_argument("--work", type=Path, default=caches / "peers-run", help="what has been measured")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "peers.json")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = given()
     jobs = list(wanted(options.reductions, options.tasks, options.methods))
     python, failed = None, ""
     if not (options.no_peers or options.measured):

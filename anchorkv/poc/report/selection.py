@@ -86,10 +86,12 @@ def because(w: Words, area: Place) -> Markup:
     return w(f"because.{kind}", **values)
 
 
-def slower(w: Words, area: Place) -> list[Markup]:
-    """Parts of speed besides writing that are slower than wanted: told, and not part of the verdict."""
+def slower(w: Words, area: Place) -> Markup:
+    """Parts of speed besides writing that are slower than wanted, in one sentence: told, and not part of the verdict.
+    Empty where there is none."""
     parts = [reason for reason in area.verdict.reasons if reason.part.raw]
-    return [w(f"kpi.speed_{reason.part}.failed", value=compared(w, reason)[0]) for reason in parts]
+    said = [w(f"kpi.speed_{reason.part}.failed", value=compared(w, reason)[0]) for reason in parts]
+    return w("because.slower", parts=w.join(said)) if said else Markup("")
 
 
 def _phrase(w: Words, reason: Place) -> Markup:

@@ -86,7 +86,7 @@ def _common(
         ),
         "presence_penalty": request.presence_penalty or 0.0, "frequency_penalty": request.frequency_penalty or 0.0,
         "logit_bias": tuple(bias), "max_tokens": most or service.bounds.default_tokens,
-        "ignore_end": request.ignore_eos,
+        "ignore_end": request.ignore_eos, "attention": (request.anchorkv or Wishes()).attention,
     }
 
 

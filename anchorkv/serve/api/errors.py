@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,9 +43,29 @@ _SAID = {
 }
 _TELLS: dict[int, str] = {
     400: "A field is wrong", 401: "The API key is missing or wrong", 403: "This key may not do that",
-    404: "There is no such thing", 413: "The request is too large", 429: "Too many requests; see Retry-After",
+    404: "There is no such thing", 408: "The request did not come in time", 413: "The request is too large",
+    421: "The server does not go by this name", 429: "Too many requests; see Retry-After",
+    500: "The server failed; the fault is in its log",
     503: "The server cannot take requests now; see Retry-After", 504: "The request took too long",
 }
+
+
+def describe(operation: dict[str, Any]) -> None:
+    """Add to an operation of the OpenAPI description what any request may get, and when to come back."""
+    found = operation["responses"]
+    found.pop("422", None)  # nothing here answers with a list of pydantic's problems
+    for status in (*_ANYWHERE, *((401, 403, 429) if operation.get("security") else ())):
+        found.setdefault(str(status), {"description": _TELLS[status], "content": _CONTENT})
+    for status in found.keys() & {"429", "503"}:
+        if found[status].get("content") == _CONTENT:
+            found[status]["headers"] = {"Retry-After": {
+                "required": True, "description": "seconds", "schema": {"type": "integer", "minimum": 1},
+            }}
+
+
+_ANYWHERE = (408, 413, 421, 500)
+_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorReply"}}}
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -54,8 +75,16 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def body_of(refused: Refused) -> dict[str, Any]:
     """As JSON."""
-    kind = _TYPES.get(refused.status, "server_error")
-    return {"error": {"message": str(refused), "type": kind, "param": refused.param, "code": refused.code}}
+    kind, param = _TYPES.get(refused.status, "server_error"), refused.param
+    return {"error": {
+        "message": _line(str(refused)), "type": kind, "param": None if param is None else _line(param),
+        "code": refused.code,
+    }}
+
+
+def _line(text: str) -> str:
+    """As it can be shown: errors quote what was sent, which may break lines, turn them round or ring bells."""
+    return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def reply(refused: Refused) -> JSONResponse:

@@ -47,6 +47,9 @@ class Wishes(BaseModel):
     explain: bool = Field(
         default=False, description="list every segment: what was kept, dropped, pinned and recalled of it, and why"
     )
+    attention: bool = Field(
+        default=False, description="say where the answer's attention went, if the engine tells; takes one more pass"
+    )
 
 
 class TextPart(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import asdict
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -66,7 +67,24 @@ class Segment(_Reply):
     recalled: int
     why: list[str]
     text: str
-    anchors: list[str]
+    anchors: list[str] = Field(description="texts of the tokens that stayed, of a segment that is no longer whole")
+    anchor_positions: list[int] = Field(description="of the same tokens, in the whole stream")
+    anchor_spans: list[tuple[int, int]] = Field(
+        description="where they are in text: their first character, and the one after their last"
+    )
+
+
+class Attention(_Reply):
+    """Where the attention went while the answer was written: shares that sum to 1, as means over layers, heads and
+    tokens."""
+
+    sinks: float
+    pinned: float
+    anchors: float
+    recalled: float
+    recent: float = Field(description="what was whole while the answer was written")
+    answer: float = Field(description="the answer itself")
+    segments: list[float] = Field(description="of each segment, in the order of segments")
 
 
 class Figures(_Reply):
@@ -85,6 +103,7 @@ class Figures(_Reply):
     answer_logprob: float | None = Field(description="mean, natural logarithm")
     seconds: Seconds
     segments: list[Segment] | None = None
+    attention: Attention | None = Field(default=None, description="where it was asked for and the engine tells")
 
 
 class PromptDetails(_Reply):
@@ -214,6 +233,8 @@ def figures_of(answered: Answered, explain: bool) -> dict[str, Any]:
     }
     if explain:
         found["segments"] = segments_of(outcome)
+    if outcome.attention is not None:
+        found["attention"] = asdict(outcome.attention)
     return found
 
 

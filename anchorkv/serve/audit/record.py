@@ -20,8 +20,8 @@ EVERY_TENANT = "*"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _COLUMNS = ("id", "time", "tenant", "kind", "model", "policy")
 _LONGEST = 200
-_WORDS = ("text", "anchors")
-"""Fields of a segment that hold words of it."""
+_WORDS = ("text", "anchors", "anchor_spans")
+"""Fields of a segment that hold words of it, or tell how long they are."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,8 @@ class Retire:
     reason: str = ""
     by: str = ""
     dry_run: bool = False
+    most: int | None = None
+    """Of the oldest, at most so many at once; None: all of them."""
 
     def __post_init__(self) -> None:
         if (self.before is None) == (self.through is None):
@@ -78,6 +80,11 @@ def plan(connection: Connection, retire: Retire) -> Retired:
                 "what follows stay; name the last record to retire with --through.",
             )
     found = Retired(retire.tenant, through, 0, notes)
+    if retire.most is not None:
+        wanted = select(RecordRow.sequence).where(*covered(found)).order_by(RecordRow.sequence)
+        last = connection.execute(wanted.offset(retire.most - 1).limit(1)).scalar()
+        through = through if last is None else last
+        found = Retired(retire.tenant, through, 0, notes)
     count = connection.execute(select(func.count()).select_from(RecordRow).where(*covered(found))).scalar() or 0
     return Retired(retire.tenant, through, count, notes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -64,32 +65,34 @@ class Spool:
         self.count += 1
 
     def waiting(self, most: int) -> tuple[list[Sealed], int]:
-        """The oldest records, at most `most`, and what to give to `done` once they are stored."""
+        """The oldest records, from at most `most` lines, and what to give to `done` once they are stored."""
         found, at = [], self._done
-        for line, end in self._lines(self._done):
-            record = _parse(line)
+        for line, end in islice(self._lines(self._done), most):
             at = end
-            if record is None:
-                self.put_aside(line)
-                self.count -= 1
-                continue
-            found.append(record)
-            if len(found) == most:
-                break
+            if (record := _parse(line)) is not None:
+                found.append(record)
         return found, at
 
-    def done(self, at: int, records: int) -> None:
-        """The database has the oldest `records`. The file is emptied when all are there; until then a crash makes some
-        of them come twice, which the store does not mind."""
-        self._done = at
-        self.count -= records
+    def done(self, at: int) -> None:
+        """The database has what `waiting` gave; damaged lines among it are put aside now, and once. The file is emptied
+        when all is there; until then a crash makes some come twice, which the store does not mind."""
+        for line, end in self._lines(self._done):
+            if end > at:
+                break
+            if _parse(line) is None:
+                self.put_aside(line)
+            self._done = end
+            self.count -= 1
         if self._done >= os.fstat(self._file).st_size:
             os.ftruncate(self._file, 0)
             os.fsync(self._file)
             self._done = self.count = 0
 
     def close(self) -> None:
-        os.close(self._file)
+        """Twice does no harm."""
+        if self._file >= 0:  # a number that is closed twice may be another's file by then
+            os.close(self._file)
+            self._file = -1
         self._lock.release()
 
     def __enter__(self) -> Self:

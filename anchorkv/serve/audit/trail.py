@@ -74,7 +74,7 @@ class AuditTrail:
                     records, at = self.spool.waiting(_BATCH)
                 self._store(records)
                 with self._turn:
-                    self.spool.done(at, len(records))
+                    self.spool.done(at)
                     self.trouble = self.trouble if self.waiting else ""
                 moved += len(records)
         return moved

@@ -52,7 +52,7 @@ async def dashboard(request: Request, service: ServiceOf, caller: OperatorOf) ->
     return {
         "load": await health.load(service, caller), "answers": answers,
         "watch": None if service.safeguard is None else _watched(await health.watch(service, caller)),
-        "thresholds": Thresholds.model_validate({}), "least_checks": LEAST,
+        "thresholds": Thresholds.model_validate({}) if rollout is None else rollout.thresholds, "least_checks": LEAST,
         "expected_reduction": None if rollout is None else rollout.watch.reduction,
     }
 

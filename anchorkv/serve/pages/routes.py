@@ -12,6 +12,7 @@ from fastapi import APIRouter, Query, Request
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
+from anchorkv.engines.base import ShowsAttention
 from anchorkv.serve.api.callers import ServiceOf
 from anchorkv.serve.pages import dashboard
 from anchorkv.serve.pages.words import LANGS, chosen, words
@@ -95,7 +96,7 @@ def _page(name: str, request: Request, service: ServiceOf, wish: str | None) -> 
     w = words(lang)
     body = _templates().get_template(f"{name}.html.j2").render(
         name=name, pages=PAGES, w=w, lang=lang, langs=LANGS, own={each: words(each)["language"] for each in LANGS},
-        keys=service.gate.keys, card=service.card,
+        keys=service.gate.keys, card=service.card, attention=isinstance(service.scheduler.engine, ShowsAttention),
     )
     headers = {"content-security-policy": POLICY, "content-language": lang, "vary": "accept-language, cookie"}
     response = HTMLResponse(body, headers=headers)

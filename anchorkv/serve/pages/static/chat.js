@@ -52,6 +52,7 @@ function asking(signal) {
   const wishes = { explain: true };
   for (const name of ["document", "policy", "recall"]) if ($(name).value) wishes[name] = $(name).value;
   if ($("quality").checked) wishes.quality = "high";
+  if ($("attention")?.checked) wishes.attention = true;
   return request("/v1/chat/completions", {
     method: "POST", signal, json: {
       messages, stream: true, stream_options: { include_usage: true }, max_tokens: Number($("most").value) || null,
@@ -64,6 +65,7 @@ async function answer(question) {
   messages.push({ role: "user", content: question });
   turn("user", question);
   const { node, body } = turn("assistant", "");
+  const tells = $("attention"), unseen = !tells ? "none" : tells.checked ? "failed" : "unasked";
   const waiting = el("p", { class: "hint" }, t("chat.waiting"));
   const words = document.createTextNode("");
   body.append(words);
@@ -99,7 +101,7 @@ async function answer(question) {
   if (figures) {
     const follow = atEnd();
     live.exact = writing(usage.completion_tokens, figures.seconds.decode);
-    node.append(foot(figures, usage), whyView(figures, usage.completion_tokens));
+    node.append(foot(figures, usage), whyView(figures, usage.completion_tokens, unseen));
     if (follow) toEnd();
   }
   hurry();

@@ -1,5 +1,6 @@
 // One audit record, as an auditor reads it.
 
+import { attentionView } from "./attention.js";
 import { el, facts } from "./dom.js";
 import { bar } from "./gauges.js";
 import { segmentView } from "./segments.js";
@@ -38,7 +39,9 @@ function answer(it) {
     ]),
     el("h3", {}, t("why.fallback")), stepList(it.fallback ?? []),
     el("h3", {}, t("why.recalled")), recalledList(it.recalled ?? []),
-    el("h3", {}, t("why.segments")), segmentView(it.segments ?? []),
+    ...(figures.attention
+      ? [el("h3", {}, t("why.attention")), attentionView(figures.attention, it.segments ?? [])] : []),
+    el("h3", {}, t("why.segments")), segmentView(it.segments ?? [], figures.attention?.segments),
   ];
 }
 

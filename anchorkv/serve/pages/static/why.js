@@ -1,5 +1,6 @@
 // "Why this answer": what was held of everything that was read, what was brought back, and which way was taken.
 
+import { attentionView } from "./attention.js";
 import { el, facts } from "./dom.js";
 import { bar } from "./gauges.js";
 import { segmentView } from "./segments.js";
@@ -7,8 +8,8 @@ import { bytes, cells, count, decimal, rate, seconds, t, times } from "./words.j
 
 export const writing = (written, decode) => (written > 1 && decode > 0 ? (written - 1) / decode : null);
 
-/** figures: an answer's `anchorkv`. tokens: how many it has. */
-export function whyView(figures, tokens) {
+/** figures: an answer's `anchorkv`. tokens: how many it has. unseen: why there may be no attention in them. */
+export function whyView(figures, tokens, unseen) {
   const { cells: held, seconds: took } = figures;
   const body = el("div", { class: "why-body" });
   const whole = el("details", { class: "why" }, el("summary", {}, t("why.title")), body);
@@ -27,7 +28,9 @@ export function whyView(figures, tokens) {
       el("p", {}, el("a", { href: `/ui/audit#${encodeURIComponent(figures.id)}` }, t("why.record"))),
       el("h3", {}, t("why.fallback")), stepList(figures.fallback),
       el("h3", {}, t("why.recalled")), recalledList(figures.recalled),
-      el("h3", {}, t("why.segments")), segmentView(figures.segments ?? []),
+      el("h3", {}, t("why.attention")), figures.attention
+        ? attentionView(figures.attention, figures.segments ?? []) : el("p", { class: "hint" }, t(`unseen.${unseen}`)),
+      el("h3", {}, t("why.segments")), segmentView(figures.segments ?? [], figures.attention?.segments),
     );
   }, false);
   return whole;
