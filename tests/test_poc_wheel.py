@@ -1,4 +1,4 @@
-"""What is installed is what is here: the wheel has every file of the package, and a proof of concept finds its own there."""
+"""What is installed is what is here: the wheel has every file of the package, a proof of concept's own too."""
 
 from __future__ import annotations
 

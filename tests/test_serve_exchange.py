@@ -1,9 +1,10 @@
-"""One answer from the question to the record: the ladder's further attempts, time, clients that go, records that fail."""
+"""One answer from question to record: the ladder's further attempts, time, clients that go, records that fail."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -115,6 +116,40 @@ def test_an_answer_stands_when_the_engine_room_refuses_the_next_step(
 
     run(work())
     assert len(submitted) == 2
+
+
+@pytest.mark.parametrize("broken", ["ladder", "engine room"])
+def test_an_answer_stands_when_what_looks_for_a_safer_one_fails(
+    model: LlamaEngine, tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ladder = Cautious()
+    served = serving.service(tmp_path, model, ladder=ladder)
+    submit, submitted = served.submit, []
+
+    def fail(*_: Any) -> Any:
+        raise OSError("Input/output error")
+
+    def once(ask: Any) -> Any:
+        submitted.append(ask)
+        return submit(ask) if len(submitted) == 1 else fail()
+
+    monkeypatch.setattr(*((ladder, "after", fail) if broken == "ladder" else (served, "submit", once)))
+
+    async def work() -> None:
+        async with client(served) as http:
+            reply = await http.post(CHAT, json=said(STORY * 2))
+            assert reply.status_code == 200, reply.text
+            figures = reply.json()["anchorkv"]
+            assert figures["policy"] == "own"
+            remark = figures["fallback"][0 if broken == "ladder" else 1]
+            assert remark["after"] == "own"
+            assert "the fault is in its log" in remark["reason"]
+            (record,) = (await http.get("/v1/audit")).json()["data"]
+            assert [step["reason"] for step in record["fallback"]] == [step["reason"] for step in figures["fallback"]]
+            assert served.running == 0
+
+    run(work())
+    assert "Input/output error" in caplog.text
 
 
 @pytest.mark.parametrize(("finish", "error", "words"), [
@@ -269,3 +304,33 @@ def test_one_record_that_fails_keeps_none_of_the_others_back(
     run(work())
     assert len(tried) == 2
     assert "a fault of its own" in caplog.text
+
+
+def test_an_answer_that_is_not_recorded_is_not_given_and_the_log_says_so_though_its_client_is_gone(
+    model: LlamaEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = serving.service(tmp_path, model)
+    began, gone = threading.Event(), threading.Event()
+
+    def failing(record: Any) -> Any:
+        began.set()
+        gone.wait(10)
+        raise RuntimeError("a fault of its own")
+
+    monkeypatch.setattr(served.trail, "append", failing)
+
+    async def work() -> None:
+        async with client(served) as http:
+            asked = asyncio.ensure_future(http.post(CHAT, json=said("Hi")))
+            await asyncio.to_thread(began.wait, 10)
+            asked.cancel()
+            await asyncio.wait({asked})
+            assert "a fault of its own" not in caplog.text
+            gone.set()
+            while served.running or served._tasks:
+                await asyncio.sleep(0.01)
+            assert [line.message for line in caplog.records].count("an audit record cannot be stored") == 1
+            reply = await http.post(CHAT, json=said("Hi"))
+            assert (reply.status_code, reply.json()["error"]["code"]) == (500, "no_audit")
+
+    run(work())

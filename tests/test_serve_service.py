@@ -5,21 +5,27 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import Future
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import serving
+import tiny_gguf
+from audit_records import record
 from serving import POLICY, STORY, client, events, run, said
 
 from anchorkv.engines.llama import LlamaEngine
 from anchorkv.errors import SavedStateError
 from anchorkv.serve.audit.errors import AuditUnavailable
+from anchorkv.serve.audit.store import AuditStore
 from anchorkv.serve.limits import Limiter, TenantLimits
+from anchorkv.serve.opening import opened
 from anchorkv.serve.policies import Policies
 from anchorkv.serve.safeguard import Safeguard
 from anchorkv.serve.scheduler import Scheduler
 from anchorkv.serve.service import Service
+from anchorkv.serve.settings import ServeSettings
 from anchorkv.serve.settings_groups import CanarySettings, FallbackSettings, PolicyBounds, RequestLimits, WatchSettings
 
 CHAT = "/v1/chat/completions"
@@ -334,3 +340,33 @@ def test_a_policy_of_the_callers_own_where_the_operator_allows_it(model: LlamaEn
                 assert words in reply.text
 
     run(work())
+
+
+@pytest.mark.parametrize("said_so", [True, False])
+def test_what_the_operator_says_of_retention_and_of_tenants_in_the_metrics_is_done(
+    tmp_path: Path, said_so: bool
+) -> None:
+    now = datetime.now(UTC)
+    with AuditStore(tmp_path / "audit.db") as store:
+        store.append(record(0, tenant="local", time=now - timedelta(days=40)))
+        store.append(record(1, tenant="local", time=now))
+    changes: dict[str, Any] = {"audit": {"retention_days": 30}, "metrics_by_tenant": True} if said_so else {}
+    settings = ServeSettings.model_validate({
+        "model": str(tiny_gguf.write(tmp_path / "tiny.gguf")), "threads": 1, "cells": serving.CELLS, "data": tmp_path,
+        "policy": "paper-ep", "watch": {"share": 0}, **changes,
+    })
+
+    async def work(served: Service) -> None:
+        async with client(served) as http:
+            assert (await http.post(CHAT, json=said("Hi"))).status_code == 200
+            assert ('tenant="local"' in (await http.get("/metrics")).text) == said_so
+            for _ in range(500 if said_so else 1):
+                if served.trail.store.get("ask-0", tenant="local").retired:
+                    break
+                await asyncio.sleep(0.01)
+            gone = [one["retired"] for one in (await http.get("/v1/audit")).json()["data"] if one["kind"] == "answer"]
+            assert gone == [False, False, said_so]
+            assert served.trail.store.verify().sound
+
+    with opened(settings) as served:
+        run(work(served))

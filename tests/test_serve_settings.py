@@ -243,6 +243,7 @@ def test_what_is_written_is_read_again(file: Path, keys: Path) -> None:
     assert load(file, written) == found
     assert "kv_bytes: 3GiB" in written
     lines = written.splitlines()
+    assert "`anchorkv serve --config FILE`" in lines[0]
     for name, field in ServeSettings.model_fields.items():
         at = next(number for number, line in enumerate(lines) if line.startswith(f"{name}:"))
         assert lines[at - 1].startswith("# ") or not field.description

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from anchorkv.serve.service import Service
 
 log = logging.getLogger("anchorkv.serve")
+_FAULT = "The server failed; the fault is in its log."
 
 
 class Exchange:
@@ -55,9 +56,7 @@ class Exchange:
             if outcome.finish in ("error", "cancelled"):
                 self._step_back(outcome)
                 break
-            again = None if self._off else await asyncio.to_thread(
-                self._service.ladder.after, self.question, self.plan, outcome
-            )
+            again = None if self._off else await self._again(outcome)
             if again is None or not await self._answer_again(again):
                 break
         async for piece in self._running:
@@ -68,7 +67,7 @@ class Exchange:
         found = await self._ended()
         outcome = found.outcome
         if outcome.finish == "error":
-            raise Refused(500, outcome.error or "The server failed; the fault is in its log.", code="engine_error")
+            raise Refused(500, outcome.error or _FAULT, code="engine_error")
         if outcome.finish == "cancelled":
             raise self._late()
         return found
@@ -126,8 +125,20 @@ class Exchange:
         try:
             return self._service.ladder.remarks(self.question, answered.plan, answered.outcome, shown)
         except Exception:  # the answer may be shown already: its record must be written
-            log.exception("the ladder could not look at %s", self.question.ask.id)
-            return ()
+            return (self._unseen(answered.plan),)
+
+    async def _again(self, outcome: Outcome) -> Plan | None:
+        """How to write it anew; None where it stands, as it does when the ladder fails."""
+        try:
+            return await asyncio.to_thread(self._service.ladder.after, self.question, self.plan, outcome)
+        except Exception:  # the answer is there
+            self.plan = replace(self.plan, steps=(*self.plan.steps, self._unseen(self.plan)))
+            return None
+
+    def _unseen(self, plan: Plan) -> Step:
+        """For the record, where the ladder has just failed."""
+        log.exception("the ladder could not look at %s", self.question.ask.id)
+        return Step(plan.policy.name, plan.policy.name, f"The ladder could not look at this answer. {_FAULT}")
 
     @property
     def _earlier(self) -> list[Outcome]:
@@ -145,6 +156,10 @@ class Exchange:
             handle = await self._submit(plan)
         except AnchorKVError as error:
             self._let_stand(self.plan, plan, str(error))
+            return False
+        except Exception:  # whatever it was, there is an answer
+            log.exception("%s could not be answered more safely", self.question.ask.id)
+            self._let_stand(self.plan, plan, _FAULT)
             return False
         if self._off:
             self._let_stand(self.plan, plan, str(self._late()))

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from anchorkv.config import AnchorConfig
 from anchorkv.engines.base import ModelInfo
 from anchorkv.errors import AnchorKVError, SavedStateError
-from anchorkv.serve.audit.errors import AuditError, AuditUnavailable
+from anchorkv.serve.audit.errors import AuditUnavailable
 from anchorkv.serve.audit.record import Record
 from anchorkv.serve.audit.trail import AuditTrail
 from anchorkv.serve.auth import KeyGate, LoopbackGate, Principal
@@ -189,7 +189,7 @@ class Service:
                 503, "The answer cannot be recorded now, so it is not given; try again later.", code="no_audit",
                 retry_after=5.0,
             ) from None
-        except AuditError:
+        except Exception:  # told here, for nobody may wait for the answer any more
             log.exception("an audit record cannot be stored")
             raise Refused(
                 500, "The answer cannot be recorded, so it is not given; the fault is in the server's log.",
