@@ -77,6 +77,17 @@ def test_a_document_answers_as_document_py_does(tmp_path: Path) -> None:
     assert longer.cached_tokens >= first.prompt_tokens + first.completion_tokens
 
 
+def test_the_same_text_may_be_uploaded_twice(tmp_path: Path) -> None:
+    """All of the second one has been read when it comes; it is a document of its own nevertheless."""
+    scheduler = room(tmp_path)
+    first, second = upload(scheduler), upload(scheduler)
+    assert second.id != first.id
+    assert (second.tokens, second.kept_cells) == (first.tokens, first.kept_cells)
+    scheduler.delete_document("a", first.id)
+    assert asked(scheduler, second.id).text == asked(scheduler, second.id).text != ""
+    assert [facts.id for facts in scheduler.list_documents("a")] == [second.id]
+
+
 def test_a_document_is_there_after_a_restart(tmp_path: Path) -> None:
     scheduler = room(tmp_path)
     facts = upload(scheduler)

@@ -173,6 +173,9 @@ class Rounds:
 
     def _read(self) -> None:
         """A slice of the prompt whose turn it is."""
+        for slot in list(self.running):  # a document of which all had been read for another request
+            if slot.upload is not None and slot.held is not None and not slot.reading:
+                self._keep_document(slot, slot.upload)
         reading = [slot for slot in self.running if slot.reading]
         if not reading:
             return
