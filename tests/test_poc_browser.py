@@ -17,6 +17,7 @@ import pytest
 
 from anchorkv.poc.report.html import write
 from anchorkv.poc.report.words import LANGS, Words
+from anchorkv.poc.results import Reason
 
 try:
     from playwright import sync_api
@@ -277,7 +278,11 @@ def test_the_first_page_of_an_ordinary_report_holds_what_a_manager_needs(
     browser: Any, tmp_path: Path, lang: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(poc_example, "HOSTILE", "")
-    out = write(poc_example.report(lang), tmp_path / "report.html")  # type: ignore[arg-type]
+    report = poc_example.report(lang)  # type: ignore[arg-type]
+    slower = [Reason(kpi="speed", value=0.84, limit=0.9, passed=False, part=p) for p in ("prefill", "first_token")]
+    areas = [area.model_copy(update={"verdict": area.verdict.model_copy(update={
+        "reasons": (*area.verdict.reasons, *slower)})}) for area in (*report.areas, report.areas[0])]
+    out = write(report.model_copy(update={"areas": tuple(areas)}), tmp_path / "report.html")
     page = browser.new_page()
     page.goto(out.as_uri())
     first = pypdf.PdfReader(io.BytesIO(page.pdf(format="A4"))).pages[0].extract_text()

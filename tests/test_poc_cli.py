@@ -426,6 +426,18 @@ def test_two_runs_side_by_side(texts: Path) -> None:
     assert found["notes"] == []
 
 
+def test_an_older_report_whose_remarks_are_sentences_is_compared(texts: Path) -> None:
+    call(texts, "--max-tokens", "200", "--out", "a")
+    report = json.loads(Path("a/report.json").read_text(encoding="utf-8"))
+    report["left_out"] = [remark["text"] for remark in report["left_out"]]
+    report["skipped"] = [{"path": "x.txt", "reason": "is empty"}]
+    Path("older.json").write_text(json.dumps(report), encoding="utf-8")
+    assert "The verdicts follow" not in call("compare", "older.json", "a").stderr
+    read = PocReport.from_json(Path("older.json").read_text(encoding="utf-8"))
+    assert [remark.text for remark in read.left_out] == report["left_out"]
+    assert read.skipped[0].key == ""
+
+
 def test_runs_that_cannot_be_compared_are_told(texts: Path) -> None:
     call(texts, "--out", "a")
     (texts / "logs" / "1.txt").unlink()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
 from fake_engine import ByteTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from pypdf import PdfWriter
 
 from anchorkv.errors import DocumentError
 from anchorkv.poc.documents import Source, collect, cut
+from anchorkv.poc.report.words import LANGS, Words
 from anchorkv.poc.sentences import sentence_at, sentences
 
 
@@ -80,6 +84,32 @@ def test_what_cannot_be_read_is_listed_with_its_reason(folder: Path) -> None:
     assert found["logs/.secret"] == found[".git"] == "is hidden"
     assert not any(str(folder) in reason for reason in found.values())
     assert "binary" in reasons(folder)["logs/photo.jpg"]
+
+
+def test_what_is_said_of_a_file_has_a_key_for_every_language(folder: Path) -> None:
+    locked = PdfWriter()
+    locked.add_blank_page(100, 100)
+    blank = io.BytesIO()
+    locked.write(blank)
+    locked.encrypt("secret")
+    secret = io.BytesIO()
+    locked.write(secret)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as files:
+        files.writestr("a.txt", "text")
+    content = {
+        "encrypted": ("a.pdf", secret.getvalue()), "scanned": ("b.pdf", blank.getvalue()),
+        "old_word": ("c.doc", b"\xd0\xcf\x11\xe0" * 9), "wordless": ("d.txt", b"... !"), "empty": ("e.txt", b" \n"),
+        "archive": ("f.docx", archive.getvalue()), "binary": ("g.jpg", bytes(range(256)) * 20),
+        "damaged": ("h.pdf", b"%PDF-1.7\n%%EOF"), "hidden": (".i.txt", b"text"),
+        "too_large": ("j.txt", b"word " * 9000), "same_text": ("k.txt", b"The fee is 20 euro."),
+    }
+    for name, data in content.values():
+        (folder / "logs" / name).write_bytes(data)
+    _, skipped = collect(folder, max_bytes=40_000)
+    assert {one.path: one.key for one in skipped} == {f"logs/{name}": key for key, (name, _) in content.items()}
+    for lang in LANGS:
+        assert all(Words(lang)(f"said.{one.key}", **one.values) for one in skipped)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes and links")

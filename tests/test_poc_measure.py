@@ -17,7 +17,7 @@ from anchorkv.evaluate.asking import ask
 from anchorkv.evaluate.losses import answer_losses
 from anchorkv.evaluate.run import Models
 from anchorkv.poc import speed
-from anchorkv.poc.answers import agrees, auto_recalls, by_mode
+from anchorkv.poc.answers import ANSWER_TOKENS, JAPANESE_TOKENS, agrees, auto_recalls, by_mode
 from anchorkv.poc.measure import (
     BLOCK,
     Job,
@@ -141,6 +141,15 @@ def test_answers_are_those_of_the_evaluation() -> None:
     assert found["off"]["recalled"] == ""
 
 
+def test_japanese_answers_have_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    most: list[int] = []
+    monkeypatch.setattr("anchorkv.poc.answers.decode", lambda session, count, *_, **__: most.append(count) or [])
+    with read() as document:
+        for text in ("At what pressure?", "何バールで開きますか。"):
+            by_mode(document, question(source("manuals", 1), text=text), ("off",))
+    assert most == [ANSWER_TOKENS, JAPANESE_TOKENS] == [24, 48]
+
+
 @pytest.mark.parametrize("query", [SECRET, "the a of", "zebra quantum", "pump", "Who asked why the pump ran?"])
 def testauto_recalls_nothing_or_what_on_does(query: str) -> None:
     with read() as document:
@@ -190,6 +199,7 @@ def test_a_character_of_several_tokens_is_shown_once() -> None:
         ("", "Monday", False), ("14 hours", "4 hours", False), ("in 3 days from now", "in 4 days from now", False),
         ("9時間です", "9時間", True), ("8時間です", "9時間です", False),
         ("The answer is 4GB.", "The answer is 1GB.", False),
+        ("the driver’s “blue” book", 'the driver\'s "blue" book', True),
     ],
 )
 def test_agreement(answer: str, full: str, same: bool) -> None:

@@ -15,6 +15,7 @@ from anchorkv.evaluate.metrics import contains
 from anchorkv.poc.cloze import cloze
 from anchorkv.poc.documents import Source, collect
 from anchorkv.poc.questions import BadRow, own_questions
+from anchorkv.poc.report.words import LANGS, Words
 
 PUMP = (
     "The pump of deck 4 was bought in Hamburg on 3 May 2019. It cost $1,250 and weighs 38 kilograms with its frame.\n\n"
@@ -104,6 +105,9 @@ def test_bad_rows_are_passed_over_and_counted(tmp_path: Path) -> None:
         "there are 2 documents 'pump', so name it with its folder", "it has no question", "it has no answer",
         "it is no JSON", "it is no row of question, answer and document",
     ]
+    for lang in LANGS:
+        assert all(Words(lang)(f"said.{row.key}", **row.values) for row in bad)
+    assert Words("ja")("said.not_there", **bad[0].values) == "正解がrules/travel.txtに含まれていません"
 
 
 @pytest.mark.parametrize(("name", "text", "words"), [

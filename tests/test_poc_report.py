@@ -372,7 +372,9 @@ def emptied(report: PocReport) -> PocReport:
 
 
 SAID = sorted(key.removeprefix("said.") for key in Words("en").texts if key.startswith("said."))
-VALUES = dict.fromkeys(("n", "all", "names", "minutes", "tokens", "why", "size", "most", "path"), "77 <i>")
+VALUES = dict.fromkeys(
+    ("n", "all", "names", "minutes", "tokens", "why", "size", "most", "path", "way", "model"), "77 <i>"
+)
 
 
 def remarked(lang: Lang) -> PocReport:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import poc_example
 import pytest
+import serving
 import yaml
+from fake_engine import FakeEngine
 from test_poc_verdict import LIMITS, area, way
 
 from anchorkv.config import preset
 from anchorkv.errors import ConfigError, SavedStateError
-from anchorkv.poc.results import AreaResult, FallbackRule, PocReport
+from anchorkv.poc.results import AreaResult, FallbackRule, PocReport, Thresholds
 from anchorkv.poc.rollout import Rollout, rollout
+from anchorkv.serve.policies import Policies
+from anchorkv.serve.settings_groups import PolicyBounds
 
 STRONG, MILD = preset("default"), preset("default").replace(reduction=4)
 
@@ -69,6 +74,28 @@ def test_what_nothing_passed_for_runs_with_the_full_cache() -> None:
     assert found.policy_for({}) == preset("full")
     only = rollout(report(area("")))
     assert [step.policy for step in only.ladder] == ["full"]
+
+
+def test_it_has_the_thresholds_of_its_proof_of_concept_and_older_files_the_usual_ones(
+    plan: Rollout, tmp_path: Path
+) -> None:
+    assert plan.thresholds == LIMITS
+    path = tmp_path / "rollout.yaml"
+    older = plan.model_dump(mode="json")
+    del older["thresholds"]
+    path.write_text(yaml.safe_dump(older), encoding="utf-8")
+    assert Rollout.load(path) == plan.model_copy(update={"thresholds": Thresholds()})
+
+
+def test_a_servers_dashboard_shows_these_thresholds(plan: Rollout, tmp_path: Path) -> None:
+    async def thresholds(policies: Policies, folder: Path) -> Any:
+        served = serving.service(folder, FakeEngine(), policies=policies)
+        async with serving.client(served) as http:
+            return (await http.get("/v1/dashboard")).json()["thresholds"]
+
+    planned, plain = Policies.of(plan, "plan", PolicyBounds()), Policies.of(MILD, "own", PolicyBounds())
+    assert asyncio.run(thresholds(planned, tmp_path / "planned")) == LIMITS.model_dump(mode="json")
+    assert asyncio.run(thresholds(plain, tmp_path / "plain")) == Thresholds().model_dump(mode="json")
 
 
 def test_it_survives_its_file(plan: Rollout, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from poc_run import POLICY, SECRET, FakeModels, plan, run, small_items
 
 from anchorkv.errors import DataError
 from anchorkv.evaluate.run import Record
-from anchorkv.evaluate.statistics import mean
+from anchorkv.evaluate.statistics import bootstrap, mean
 from anchorkv.poc.capacity import CapacityInputs
 from anchorkv.poc.figures import Found, way_results
 from anchorkv.poc.measure import ways_of
@@ -105,6 +105,14 @@ def test_answers_are_set_beside_the_full_caches_own() -> None:
     assert found["default", "on"].reduction.value == pytest.approx(1000 / 115)
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_error_that_no_draw_or_one_alone_tells_is_unknown() -> None:
+    assert math.isnan(bootstrap(lambda drawn: math.nan, 5))
+    assert math.isnan(bootstrap(lambda drawn: math.nan if set(drawn) != {0} else 2.0, 2, draws=1))
+    assert bootstrap(lambda drawn: math.nan if 0 in drawn else float(drawn.mean()), 9) > 0
+
+
+@pytest.mark.filterwarnings("error")
 def test_where_the_full_cache_knows_nothing_no_share_is_known() -> None:
     found = results([
         record("full", "a/1", [1.0], off(answer(False))), record("default", "a/1", [1.0], off(answer(True)))
@@ -118,7 +126,11 @@ def test_a_document_that_one_side_lacks_counts_on_neither() -> None:
     found = results(records)
     assert found["default", "off"].perplexity_ratio.value == 1
     assert found["full", "off"].perplexity.value == pytest.approx(math.exp(5))
-    assert Found(records).failed == ["a/2 (document, default): No room."]
+    (remark,) = Found(records).failed
+    assert remark == Remark(
+        text="a/2 (document, default): No room.", key="failed_document",
+        values={"path": "a/2", "way": "default", "why": "No room."},
+    )
     assert Found(records).measured(WAYS) == ["a/1"]
 
 
@@ -155,6 +167,13 @@ def test_right_answers_that_were_lost_come_first_then_what_costs_most() -> None:
     assert found[0].correct == {"full": True, "off": False, "on": True}
     assert (found[0].lost, found[0].kept, found[0].recalled) == (SECRET, "… 4711 …", SECRET)
     assert found[0].answers == {"off": "no idea", "on": "4711 bar"}
+
+
+def test_of_a_passage_that_is_gone_nothing_is_shown() -> None:
+    mine = record("default", "a/1", [1.0], off(answer(False), answer(False)))
+    mine["questions"][0]["kept"] = "… …"
+    found = worst({"a/1": record("full", "a/1", [1.0], off(*[answer(True)] * 2))}, {"a/1": mine})
+    assert {case.question: case.kept for case in found} == {"0?": "", "1?": "… 4711 …"}
 
 
 def test_no_area_has_all_the_worst_cases_and_long_passages_are_cut_around_the_answer() -> None:
@@ -219,7 +238,9 @@ def test_a_model_that_nothing_is_known_of_loses_no_measurement() -> None:
     chosen = small_items(given, "manuals", 1)
     found = report(given, chosen, run(models, given, chosen, {"default": POLICY}), WAYS, models)
     assert [row.model for row in found.capacity.rows] == ["Llama-3-8B"]
-    assert any("no/such/model" in remark.text for remark in found.left_out)
+    (remark,) = found.left_out
+    assert "no/such/model" in remark.text
+    assert (remark.key, remark.values) == ("no_model", {"model": "./no/such/model", "why": remark.text})
 
 
 def test_redaction_hides_every_text(made: PocReport) -> None:

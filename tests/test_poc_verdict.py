@@ -165,6 +165,9 @@ def test_a_feature_that_parts_failing_areas_from_good_ones_becomes_a_rule() -> N
     good, bad = area("prose", way(), tables=0.02), area("lists", way(ratio=3.0), tables=0.4)
     found = [rule for rule in rules(area("", way()), [good, bad], [], LIMITS) if rule.because == "like_failing_areas"]
     assert [(rule.when, rule.then) for rule in found] == [("features.tables > 0.21", "full")]
+    again = area("minutes", way(ratio=3.0), returning_terms=0.3)
+    found = [rule for rule in rules(area("", way()), [good, again], [], LIMITS) if rule.because == "like_failing_areas"]
+    assert [rule.when for rule in found] == ["features.returning_terms > 0.155"]
     slow = area("lists", way(decode=0.1), tables=0.4)  # a table does not make it slow
     assert not [r for r in rules(area("", way()), [good, slow], [], LIMITS) if r.because == "like_failing_areas"]
 

@@ -1,4 +1,4 @@
-"""What is installed is what is here: the wheel has every file of the package, a proof of concept's own too."""
+"""What is installed: the wheel has every file of the package, and a proof of concept finds its own ones there."""
 
 from __future__ import annotations
 
@@ -31,12 +31,19 @@ print(Path(anchorkv.__file__).parent)
 
 
 @pytest.fixture(scope="module")
-def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's content. It is built from a copy, so that the build leaves nothing behind in the tree."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a wheel is built from: a build leaves something behind."""
+    source = tmp_path_factory.mktemp("source")
     shutil.copytree(ROOT / "anchorkv", source / "anchorkv", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def unpacked(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's content."""
+    out = tmp_path_factory.mktemp("wheel")
     built = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--disable-pip-version-check", "-w", out, source],
         capture_output=True, text=True, check=False,
@@ -49,14 +56,14 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_every_file_of_the_package_is_in_the_wheel(unpacked: Path) -> None:
+def test_every_file_of_the_package_is_in_the_wheel(source: Path, unpacked: Path) -> None:
     def files(root: Path) -> dict[str, bytes]:
         return {
             path.relative_to(root).as_posix(): path.read_bytes() for path in (root / "anchorkv").rglob("*")
-            if path.is_file() and "__pycache__" not in path.parts
+            if path.is_file()
         }
 
-    here, there = files(ROOT), files(unpacked)
+    here, there = files(source), files(unpacked)
     assert here.keys() == there.keys()
     assert [name for name in here if here[name] != there[name]] == []
 

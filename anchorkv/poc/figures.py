@@ -21,7 +21,7 @@ from anchorkv.evaluate.tasks.perplexity import perplexity, ratio
 from anchorkv.evaluate.timing import rate, ratio_of_medians
 from anchorkv.evaluate.ways import FULL, Way
 from anchorkv.poc.answers import agrees
-from anchorkv.poc.results import Answering, Cells, Figure, Speed, WayResult
+from anchorkv.poc.results import Answering, Cells, Figure, Remark, Speed, WayResult
 from anchorkv.poc.speed import DECODE, FIRST_TOKEN, PREFILL
 
 NONE = Figure()
@@ -34,19 +34,23 @@ Pairs = Sequence[tuple[Record, Record]]
 
 @dataclass
 class Found:
-    """A run's records that are no failures, by way and document, and the failures' sentences."""
+    """A run's records that are no failures, by way and document, and what is to be said of the failures."""
 
     records: Iterable[Record]
     documents: dict[str, dict[str, Record]] = field(default_factory=dict)
     grounds: dict[str, dict[str, Record]] = field(default_factory=dict)
     speeds: dict[str, dict[str, Record]] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)
+    failed: list[Remark] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         tasks = {"document": self.documents, "ground": self.grounds, "speed": self.speeds}
         for record in self.records:
             if "error" in record:
-                self.failed.append(f"{record['item']} ({record['task']}, {record['way']}): {record['error']}")
+                item, task, way, why = (str(record[name]) for name in ("item", "task", "way", "error"))
+                self.failed.append(Remark(
+                    text=f"{item} ({task}, {way}): {why}", key=f"failed_{task}",
+                    values={"path": item, "way": way, "why": why},
+                ))
             else:
                 tasks[record["task"]].setdefault(record["way"], {})[record["item"]] = record
 

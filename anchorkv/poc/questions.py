@@ -26,7 +26,7 @@ KINDS = (".jsonl", ".json", ".yaml", ".yml", ".csv")
 SHOWN = 5
 """Bad rows that the sentence about them names."""
 Row = tuple[int, Any]
-"""Line of the file, and what stands there; a ValueError where it cannot be read."""
+"""Line of the file, and what stands there; a _Bad where it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,20 @@ class Question:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that asks nothing that could be measured."""
+    """A row that asks nothing that could be measured; key and values as in results.Remark."""
 
     line: int
     reason: str
+    key: str
+    values: dict[str, str]
+
+
+class _Bad(ValueError):
+    """What is wrong with a row, as in BadRow."""
+
+    def __init__(self, reason: str, key: str, **values: str) -> None:
+        super().__init__(reason)
+        self.key, self.values = key, values
 
 
 def own_questions(path: Path, sources: Sequence[Source], *, bad: list[BadRow] | None = None) -> list[Question]:
@@ -65,8 +75,8 @@ def own_questions(path: Path, sources: Sequence[Source], *, bad: list[BadRow] | 
     for line, row in _rows(path):
         try:
             found.append(_question(row, sources))
-        except ValueError as error:
-            wrong.append(BadRow(line, str(error)))
+        except _Bad as error:
+            wrong.append(BadRow(line, str(error), error.key, error.values))
     if wrong and bad is None:
         named = "; ".join(f"line {row.line}: {row.reason}" for row in wrong[:SHOWN])
         more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
@@ -81,20 +91,20 @@ def own_questions(path: Path, sources: Sequence[Source], *, bad: list[BadRow] | 
 
 
 def _question(row: Any, sources: Sequence[Source]) -> Question:
-    """Raises ValueError saying what is wrong with `row`."""
-    if isinstance(row, ValueError):
+    """Raises _Bad saying what is wrong with `row`."""
+    if isinstance(row, _Bad):
         raise row
     if not isinstance(row, dict):
-        raise ValueError("it is no row of question, answer and document")
+        raise _Bad("it is no row of question, answer and document", "no_row")
     text, answers = str(row.get("question") or "").strip(), _answers(row)
     if not text:
-        raise ValueError("it has no question")
+        raise _Bad("it has no question", "no_question")
     if not answers:
-        raise ValueError("it has no answer")
+        raise _Bad("it has no answer", "no_answer")
     source = _document(str(row.get("document") or "").strip(), answers, sources)
     place = _place(source.text, answers, text)
     if place is None and not contains(source.text, answers):
-        raise ValueError(f"its answer does not stand in {source.id}")
+        raise _Bad(f"its answer does not stand in {source.id}", "not_there", path=source.id)
     passage = sentence_at(source.text, *place) if place else ""
     return Question(source.id, text, answers, passage, own=True)
 
@@ -109,21 +119,25 @@ def _answers(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _document(name: str, answers: Sequence[str], sources: Sequence[Source]) -> Source:
-    """Raises ValueError where none, or more than one, is meant."""
+    """Raises _Bad where none, or more than one, is meant."""
     if not name:
         found = [source for source in sources if _place(source.text, answers, "") is not None]
         if len(found) == 1:
             return found[0]
         if not found:
-            raise ValueError("it names no document, and its answer stands in none")
-        raise ValueError(f"it names no document, and its answer stands in {len(found)} of them")
+            raise _Bad("it names no document, and its answer stands in none", "in_none")
+        several = str(len(found))
+        raise _Bad(f"it names no document, and its answer stands in {several} of them", "in_several", n=several)
     for names in (_exact, _loose):
         found = [source for source in sources if name in names(source) or name.lower() in names(source)]
         if len(found) == 1:
             return found[0]
         if found:
-            raise ValueError(f"there are {len(found)} documents '{name}', so name it with its folder")
-    raise ValueError(f"there is no document '{name}'")
+            several = str(len(found))
+            raise _Bad(
+                f"there are {several} documents '{name}', so name it with its folder", "same_name", n=several, path=name
+            )
+    raise _Bad(f"there is no document '{name}'", "no_document", path=name)
 
 
 def _exact(source: Source) -> set[str]:
@@ -182,7 +196,7 @@ def _lines(text: str) -> Iterator[Row]:
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError):
-                yield number, ValueError("it is no JSON")
+                yield number, _Bad("it is no JSON", "no_json")
 
 
 def _json(text: str, path: Path) -> Iterator[Row]:

@@ -80,7 +80,9 @@ class Run:
             return []
         bad: list[BadRow] = []
         found = own_questions(path, sources, bad=bad if self.plan.skip_bad_rows else None)
-        self.skipped += [Skipped(path=f"{path.name}:{row.line}", reason=row.reason) for row in bad]
+        self.skipped += [
+            Skipped(path=f"{path.name}:{row.line}", reason=row.reason, key=row.key, values=row.values) for row in bad
+        ]
         return found
 
     def _asked(self, own: Sequence[Question], read: Sequence[Source]) -> list[Question]:

@@ -77,7 +77,7 @@ def report(
         threads=plan.threads, thresholds=plan.thresholds, overall=overall, areas=areas, documents=documents,
         worst=worst(found.documents[FULL], chosen), capacity=machine,
         rules=rules(overall, areas, documents, plan.thresholds), skipped=tuple(skipped),
-        left_out=(*left_out, *(Remark(text=error) for error in (*found.failed, *missing))), own_questions=own,
+        left_out=(*left_out, *found.failed, *missing), own_questions=own,
     )
     return redacted(whole) if plan.redact else whole
 
@@ -122,19 +122,20 @@ def _facts(models: Models, way: Way) -> ModelFacts:
 # --- capacity ------------------------------------------------------------------------------------------------------
 
 
-def _capacity(plan: Plan, overall: AreaResult, ways: Sequence[Way], models: Models) -> tuple[Capacity, list[str]]:
+def _capacity(plan: Plan, overall: AreaResult, ways: Sequence[Way], models: Models) -> tuple[Capacity, list[Remark]]:
     """With what the chosen policy keeps, and why models are missing: a name that nothing has loses no measurement."""
     engine, inputs, chosen = models.of(ways[0]).engine, plan.capacity, overall.verdict
     policy = next((way.policy for way in ways if way.name == chosen.policy and way.name != FULL), None)
     if policy is not None:
         inputs = inputs.of_policy(policy.replace(recall=chosen.recall), engine.info.window)
-    names, missing = [], []
+    names: list[str] = []
+    missing: list[Remark] = []
     for name in inputs.models:
         try:
             shapes.find(name)
             names.append(name)
         except ModelError as error:
-            missing.append(str(error))
+            missing.append(Remark(text=str(error), key="no_model", values={"model": name, "why": str(error)}))
     weights = _weight_bytes(models, ways[0])
     own = shapes.of_info(engine.info, weights) if weights else None
     return shapes.capacity(

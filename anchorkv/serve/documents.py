@@ -166,6 +166,8 @@ class Documents:
             size = partial.stat().st_size
             os.replace(partial, target)
             _sync_folder(target.parent)
+        except SavedStateError as error:  # it names the file, which is no caller's business
+            raise SavedStateError(str(error).replace(str(partial), "The document")) from None
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise SavedStateError(f"The document cannot be written: {error.strerror or error}.") from None

@@ -61,6 +61,9 @@ class Rounds:
         self._drop_cancelled()
         self._admit()
         self._read()
+        for slot in [slot for slot in self.running if not slot.reading]:
+            if slot.upload is not None:  # the same text may have been read before, so that nothing was left to read
+                self._keep_document(slot, slot.upload)
         self._write([slot for slot in self.running if not slot.reading])
         self._serve_background()
 
@@ -173,9 +176,6 @@ class Rounds:
 
     def _read(self) -> None:
         """A slice of the prompt whose turn it is."""
-        for slot in list(self.running):  # a document of which all had been read for another request
-            if slot.upload is not None and slot.held is not None and not slot.reading:
-                self._keep_document(slot, slot.upload)
         reading = [slot for slot in self.running if slot.reading]
         if not reading:
             return
@@ -210,8 +210,6 @@ class Rounds:
         self.figures.prefill_seconds += seconds
         if done >= LEAST_SLICE and seconds > 0:
             self.figures.read_rate = mean(self.figures.read_rate, done / seconds)
-        if slot.upload is not None and slot.held is not None and not slot.reading:
-            self._keep_document(slot, slot.upload)
 
     def _keep(self, slot: Slot) -> None:
         """Leave what `slot` has read to others; a document whose file was lost is written again."""

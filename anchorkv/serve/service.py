@@ -228,6 +228,8 @@ class Service:
                 self._give_up(future)
                 if isinstance(error, TimeoutError):
                     raise timed_out(self.bounds.seconds) from None
+                if isinstance(error, SavedStateError):
+                    raise Refused(503, str(error), code="no_storage", retry_after=30.0) from None
                 raise
             lease.settle(facts.tokens)
             await asyncio.shield(self.later(self._note_upload(caller, facts)))
