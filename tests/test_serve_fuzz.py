@@ -38,10 +38,12 @@ requests = pytest.importorskip("requests")
 schemathesis = pytest.importorskip("schemathesis")
 
 CHAT, TEXT, DOCUMENTS = "/v1/chat/completions", "/v1/completions", "/v1/documents"
-BOUNDS = RequestLimits(bytes=200_000, upload_bytes=100_000, max_tokens=16, default_tokens=4, answers=3, seconds=20)
+BOUNDS = RequestLimits.model_validate({
+    "bytes": 200_000, "upload_bytes": 100_000, "max_tokens": 16, "default_tokens": 4, "answers": 3, "seconds": 20,
+})
 INSIDE = re.compile(
     r"Traceback|File \"|\.py\b|site-packages|/home/|/tmp/|/usr/|<class |<function |object at 0x|pydantic|sqlalchemy|"
-    r"sqlite|starlette|Exception|Error\(|NoneType|PosixPath|b'|b\""
+    r"sqlite|starlette|Exception|Error\(|NoneType|PosixPath"
 )
 """What an error would tell of the program. Nothing that is sent here has it, for errors quote what was sent."""
 QUICK = settings(deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -385,11 +387,10 @@ def test_wrong_keys_reach_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_malformed_requests(target: Target) -> None:
-    before = target.seen.total()
+    before = target.seen.copy()
     conforms(target, 50)
     target.at_rest()
-    each = (10_000 - (target.seen.total() - before)) // len(KINDS) + 20
     for kind in KINDS:
-        sends(target, kind, each)
+        sends(target, kind, 2_500)
         target.at_rest()
-    assert target.seen.total() - before >= 10_000
+    assert sum(count for status, count in (target.seen - before).items() if status >= 400) >= 10_000
