@@ -62,6 +62,9 @@ class Side(Protocol):
     async def say(self, number: int, messages: Messages, write: int) -> Answer:
         """Conversation `number` goes on; `write` tokens are written, whatever they are."""
 
+    def leave(self, number: int) -> None:
+        """Conversation `number` is over: what it holds may serve another."""
+
 
 @dataclass
 class Anchored:
@@ -95,6 +98,9 @@ class Anchored:
                         answer.text += choice["delta"]["content"]
                         answer.times.append(time.perf_counter())
         return answer
+
+    def leave(self, number: int) -> None:
+        """Nobody need say so: what is parked makes way by itself."""
 
 
 class Peer:
@@ -190,12 +196,12 @@ async def load(side: Side, talks: list[Messages], new: list[Messages], answer: i
     console.print(f"  {living} of {len(talks)} went on without being read again")
     # The peer has to give up a slot for those that come in; so that both do the same, anchorkv's last one rests too.
     writers = talks[: max(1, len(talks) - 1)] if new else talks
-    if isinstance(side, Peer) and new:
+    if new:
         side.leave(len(talks) - 1)
+
     async def come_and_go(number: int, talk: Messages) -> None:
         await side.say(number, talk, 2)
-        if isinstance(side, Peer):
-            side.leave(number)
+        side.leave(number)
 
     loaded, _ = await asyncio.gather(
         asyncio.gather(*(go_on(number) for number in range(len(writers)))),

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
 import pytest
 from audit_postgres import Postgres
 from audit_records import record
+from waiting import wait_for
 
 from anchorkv.serve.audit.errors import AuditError, AuditUnavailable
 from anchorkv.serve.audit.record import EVERY_TENANT
@@ -49,11 +50,16 @@ def ids(store: AuditStore) -> list[str]:
     return [entry.id for entry in store.entries(ALL)]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
+def spool_three(store: AuditStore, path: Path) -> list[bytes]:
+    """Three records wait at `path`; its lines."""
+    with Spool(path) as spool:
+        for number in range(3):
+            spool.append(store.sealed(record(number)))
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def damage_the_second(lines: list[bytes]) -> bytes:
+    return lines[0] + lines[1].replace(b"tiny", b"evil") + lines[2]
 
 
 # --- the database is away --------------------------------------------------------------------------------------------
@@ -160,10 +166,7 @@ def test_many_threads_append_at_once_and_every_one_is_there(tmp_path: Path) -> N
 
 def test_a_spool_survives_its_process_and_a_torn_last_line(tmp_path: Path) -> None:
     store, path = AuditStore(tmp_path / "a.db"), tmp_path / "spool"
-    with Spool(path) as spool:
-        for number in range(3):
-            spool.append(store.sealed(record(number)))
-    whole = path.read_bytes()
+    whole = b"".join(spool_three(store, path))
     path.write_bytes(whole + whole[:50])
     with AuditTrail(store, Spool(path), retry_seconds=0.05) as trail:
         wait_for(lambda: not trail.waiting)
@@ -173,11 +176,7 @@ def test_a_spool_survives_its_process_and_a_torn_last_line(tmp_path: Path) -> No
 
 def test_a_damaged_line_is_put_aside_and_holds_up_nobody(tmp_path: Path) -> None:
     store, path = AuditStore(tmp_path / "a.db"), tmp_path / "spool"
-    with Spool(path) as spool:
-        for number in range(3):
-            spool.append(store.sealed(record(number)))
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + lines[1].replace(b"tiny", b"evil") + lines[2])
+    path.write_bytes(damage_the_second(spool_three(store, path)))
     with AuditTrail(store, Spool(path), retry_seconds=0.05) as trail:
         wait_for(lambda: not trail.waiting)
         assert ids(store) == ["ask-0", "ask-2"]
@@ -187,11 +186,7 @@ def test_a_damaged_line_is_put_aside_and_holds_up_nobody(tmp_path: Path) -> None
 def test_a_damaged_line_is_put_aside_once_however_long_the_database_is_away(tmp_path: Path) -> None:
     (tmp_path / "folder").write_text("in the way")
     store, path = AuditStore(tmp_path / "folder" / "a.db"), tmp_path / "spool"
-    with Spool(path) as spool:
-        for number in range(3):
-            spool.append(store.sealed(record(number)))
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + lines[1].replace(b"tiny", b"evil") + lines[2])
+    path.write_bytes(damage_the_second(spool_three(store, path)))
     with AuditTrail(store, Spool(path), retry_seconds=3600) as trail:
         for _ in range(5):
             with pytest.raises(AuditUnavailable):

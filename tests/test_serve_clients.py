@@ -20,6 +20,7 @@ import tiny_gguf
 import typer
 from serving import STORY, keys
 from typer.testing import CliRunner
+from waiting import listening
 
 from anchorkv.cli.app import _Program
 from anchorkv.cli.serve import serve
@@ -54,16 +55,7 @@ class Process:
         with self.log.open("w") as log:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        self.url = self._wait()
-
-    def _wait(self) -> str:
-        for _ in range(600):
-            said = self.log.read_text()
-            if "Listening on " in said and "Audit records" in said:
-                return said.split("Listening on ")[1].split("\n")[0].removesuffix("/v1")
-            assert self.process.poll() is None, said
-            time.sleep(0.1)
-        raise AssertionError(self.log.read_text())
+        self.url = listening(self.process, self.log)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)

@@ -29,6 +29,7 @@ import tiny_gguf
 from audit_postgres import Postgres
 from command import Command
 from serving import STORY, keys, said
+from waiting import listening, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="faults are made as Linux has them")]
 CHAT, DOCUMENTS = "/v1/chat/completions", "/v1/documents"
@@ -62,14 +63,7 @@ class Server:
         ]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
-        for _ in range(600):
-            told = self.log.read_text()
-            if "Listening on " in told:
-                self.url = told.split("Listening on ")[1].split("\n")[0].removesuffix("/v1")
-                return
-            assert self.process.poll() is None, told
-            time.sleep(0.1)
-        raise AssertionError(self.log.read_text())
+        self.url = listening(self.process, self.log)
 
     def kill(self) -> None:
         self.process.kill()
@@ -129,13 +123,6 @@ class Server:
             "ANCHORKV_AUDIT_DATABASE", str(self.data / "audit.db")
         ), "--json")
         assert json.loads(verified.stdout)["sound"]
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from anchorkv.evaluate.losses import answer_losses
 from anchorkv.evaluate.metrics import contains, f1
 from anchorkv.evaluate.metrics import tokens as words
 from anchorkv.evaluate.run import Record
+from anchorkv.poc.sentences import JAPANESE
 from anchorkv.recall import RecallPlan, terms
 from anchorkv.sampling import Sampling
 from anchorkv.session import Session, next_logits
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 ANSWER_TOKENS, JAPANESE_TOKENS = 24, 48
 """Most tokens of an answer: an English tokenizer takes two or three for a Japanese character."""
-_JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _NUMBER = re.compile(r"\d+")
 
 
@@ -97,7 +97,7 @@ def _asked(document: Document, question: Question, mode: RecallMode) -> Record:
 def _written(session: Session, plan: RecallPlan, question: str) -> str:
     """The first line of the greedy answer; what follows is not scored and not written."""
     writer, text = TextWriter(session.engine.tokenizer), ""
-    most = JAPANESE_TOKENS if _JAPANESE.search(question) else ANSWER_TOKENS
+    most = JAPANESE_TOKENS if JAPANESE.search(question) else ANSWER_TOKENS
     for token in decode(session, most, Sampling(), plan=plan, question=question):
         text += writer.write(token)
         if "\n" in text.lstrip():

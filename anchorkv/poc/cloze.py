@@ -15,7 +15,7 @@ from itertools import zip_longest
 from anchorkv.evaluate.run import seed_of
 from anchorkv.poc.documents import Source
 from anchorkv.poc.questions import Question
-from anchorkv.poc.sentences import sentences
+from anchorkv.poc.sentences import JAPANESE, sentences
 
 FORM = 'Complete the sentence as it stands in the text: "{lead} …"'
 FORM_JA = "本文の文を引用してください。{lead}"
@@ -67,7 +67,6 @@ FACTS_JA = re.compile(
 )
 KINDS = ("amount", "date", "number", "code", "worded", "name", "term", "word")
 """What is asked for, the surest first: a name may be guessed, an amount hardly."""
-_JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _START = re.compile(r"\s*(?:#{1,6}\s+|[-*+•‣・]\s+|\(?(?:\d{1,3}|[A-Za-z]|[ivx]{1,4})[.)]\s+)?")
 """What precedes a sentence in its line: a heading's mark, a list's label."""
 _NOT_PROSE = re.compile(r"[|\t]|https?://| {3,}\S|(?:\. ?){4,}")
@@ -139,7 +138,7 @@ def _facts(text: str) -> Iterator[Fact]:
 
 
 def _of_sentence(text: str, sentence: str, at: int) -> Iterator[Fact]:
-    japanese = _JAPANESE.search(sentence) is not None
+    japanese = JAPANESE.search(sentence) is not None
     start = _START.match(sentence).end()  # type: ignore[union-attr]
     for found in (FACTS_JA if japanese else FACTS).finditer(sentence, start):
         answer, kind = found[0].strip(), str(found.lastgroup)

@@ -63,7 +63,7 @@ def collect(
     for path in paths:
         try:
             text = _text(folder / path, max_bytes)
-        except DocumentError as error:
+        except _Unfit as error:
             skipped.append(_skip(_name(path), error))
             continue
         source = _source(path, own, text)
@@ -125,10 +125,8 @@ class _Unfit(DocumentError):
         self.key, self.values = key, values
 
 
-def _skip(path: str, error: DocumentError) -> Skipped:
-    if isinstance(error, _Unfit):
-        return Skipped(path=path, reason=str(error), key=error.key, values=error.values)
-    return Skipped(path=path, reason=str(error))
+def _skip(path: str, unfit: _Unfit) -> Skipped:
+    return Skipped(path=path, reason=str(unfit), key=unfit.key, values=unfit.values)
 
 
 def _unopened(error: OSError) -> _Unfit:
@@ -151,7 +149,7 @@ def _unwanted(entry: os.DirEntry[str]) -> _Unfit | None:
 
 
 def _text(path: Path, max_bytes: int) -> str:
-    """Raises DocumentError whose message is what is wrong with the file, without its name."""
+    """Raises _Unfit."""
     try:
         size = path.stat().st_size
     except OSError as error:

@@ -238,9 +238,6 @@ class Remark(Part):
     key: str = ""
     values: dict[str, str] = {}
 
-    def __str__(self) -> str:
-        return self.text
-
 
 class Skipped(Part):
     """A file that was not used; key and values as in Remark."""
@@ -252,7 +249,7 @@ class Skipped(Part):
 
 
 def _remarks(given: Any) -> Any:
-    """Plain sentences are remarks too: what an engine says of an error, and what older reports hold."""
+    """The plain sentences of older reports are remarks too."""
     if not isinstance(given, (list, tuple)):
         return given
     return tuple(Remark(text=one) if isinstance(one, str) else one for one in given)

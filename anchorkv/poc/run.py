@@ -275,10 +275,14 @@ def _of(number: int, what: str, verb: str = "were") -> str:
 
 
 def _names(names: Sequence[str]) -> dict[str, str]:
-    """For the words of a remark: some names, and of how many."""
-    return {"names": ", ".join(names[:NAMED]) + (" …" if len(names) > NAMED else "")}
+    """For the words of a remark, in any language."""
+    return {"names": _some(names, " …")}
 
 
 def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    return _some(names, f" and {len(names) - NAMED} more")
+
+
+def _some(names: Sequence[str], more: str) -> str:
+    """The first of `names`, and `more` where there are more."""
+    return ", ".join(names[:NAMED]) + (more if len(names) > NAMED else "")

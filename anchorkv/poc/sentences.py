@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from anchorkv.config import AnchorConfig
 from anchorkv.segment import split
 
+JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
+"""A character of Japanese text, punctuation left out."""
 _SENTENCES = AnchorConfig(min_segment=1, max_segment=1200, anchors=())
 AROUND = 1500
 """Characters before a place that are read to find its sentence."""

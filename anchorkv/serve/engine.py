@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from anchorkv.engines.base import Engine
-from anchorkv.engines.llama import LlamaEngine
 from anchorkv.errors import ConfigError
 
 MOST_SESSIONS = 254
@@ -25,6 +24,8 @@ def contexts(engine: Engine, cells: int, count: int = 1, sessions: int = MOST_SE
     stay as they are: they allocate as they go. Raises ConfigError for numbers that cannot be, CapacityError when a
     context cannot be allocated.
     """
+    from anchorkv.engines.llama import LlamaEngine  # llama.cpp is loaded where it is used, not by the settings
+
     if count < 1 or cells // count < LEAST_CELLS:
         raise ConfigError(f"A server needs at least {LEAST_CELLS} KV cells in each context (got {cells} in {count}).")
     if not 1 <= sessions <= MOST_SESSIONS:

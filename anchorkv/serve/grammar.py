@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from anchorkv.engines.base import Engine, Floats
-from anchorkv.engines.llama import LlamaEngine
 from anchorkv.errors import ConfigError
+
+if TYPE_CHECKING:
+    from anchorkv.engines.llama import LlamaEngine
 
 MOST_BYTES = 65536
 """A schema or grammar longer than this is refused."""
@@ -48,6 +50,8 @@ def open_grammar(engine: Engine, gbnf: str | None, json_schema: str | None) -> G
     if len(gbnf.encode()) > 4 * MOST_BYTES:
         raise ConfigError(f"The grammar is longer than {4 * MOST_BYTES} bytes; make it smaller.")
     _check_depth(gbnf)
+    from anchorkv.engines.llama import LlamaEngine
+
     if not isinstance(engine, LlamaEngine):
         raise ConfigError(f"The {engine.name} engine cannot follow a grammar; use a GGUF model.")
     return LlamaGrammar(engine, gbnf)

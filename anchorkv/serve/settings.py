@@ -22,7 +22,7 @@ from anchorkv.poc.results import Lang
 from anchorkv.poc.rollout import Rollout
 from anchorkv.serve.audit.record import EVERY_TENANT
 from anchorkv.serve.auth import LOCAL, is_loopback
-from anchorkv.serve.engine import MOST_CONTEXTS, MOST_SESSIONS
+from anchorkv.serve.engine import LEAST_CELLS, MOST_CONTEXTS, MOST_SESSIONS
 from anchorkv.serve.keys import FILE, check_tenant
 from anchorkv.serve.limits import TenantLimits
 from anchorkv.serve.settings_file import dump, merged, sentence
@@ -44,7 +44,6 @@ ENVIRONMENT = {
 PATHS = ("data", "keys", "canary.file")
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _MEMORY = ("cells", "kv_bytes")
-_LEAST_CELLS = 256
 
 
 class ServeSettings(Group):
@@ -62,7 +61,7 @@ class ServeSettings(Group):
     allowed_hosts: tuple[str, ...] = Field(
         (), description="names that requests may call the server by; empty: this machine's on loopback, else any"
     )
-    cells: int | None = Field(None, ge=_LEAST_CELLS, description="KV cells there are; give this or kv_bytes")
+    cells: int | None = Field(None, ge=LEAST_CELLS, description="KV cells there are; give this or kv_bytes")
     kv_bytes: ByteSize | None = Field(None, gt=0, description="memory for KV cells, such as 2GiB; null: 1GiB")
     contexts: int | None = Field(
         None, ge=1, le=MOST_CONTEXTS, description="parts that the cells are kept in: more write faster on a CPU, and "
@@ -164,10 +163,10 @@ class ServeSettings(Group):
         if self.cells is not None:
             return self.cells
         memory = self.kv_bytes if self.kv_bytes is not None else 2**30
-        if (cells := memory // cell_bytes) < _LEAST_CELLS:
+        if (cells := memory // cell_bytes) < LEAST_CELLS:
             raise ConfigError(
                 f"kv_bytes holds {cells} KV cells of this model ({cell_bytes:,} bytes each), and a server needs "
-                f"{_LEAST_CELLS}; give at least {math.ceil(_LEAST_CELLS * cell_bytes / 2**20)}MiB."
+                f"{LEAST_CELLS}; give at least {math.ceil(LEAST_CELLS * cell_bytes / 2**20)}MiB."
             )
         return cells
 

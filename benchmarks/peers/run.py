@@ -86,6 +86,11 @@ class Worker:
         self._process.wait()
 
 
+def way(method: str, reduction: float) -> str:
+    """What a method at a reduction is called in the store."""
+    return f"{method} {reduction:g}"
+
+
 def wanted(
     reductions: Sequence[float], tasks: Sequence[str], names: Sequence[str] = ()
 ) -> Iterator[tuple[str, float, str]]:
@@ -133,7 +138,7 @@ def measure(
     """Fill `store`. python: of the peers' environment, None where it could not be built."""
     work = [
         (case, method, reduction) for case in all_cases for method, reduction, task in jobs
-        if task == case.task and (task, f"{method} {reduction:g}", case.id) not in store
+        if task == case.task and (task, way(method, reduction), case.id) not in store
     ]
     stop = sorted(engines.get().tokenizer.eos_ids)
     worker: Worker | None = None
@@ -151,7 +156,7 @@ def measure(
                     worker = Worker(python, threads)
                     worker.run(job_of(case, TORCH_FULL, 0, stop))  # the first job of all is slow
                 found = worker.run(job_of(case, method, reduction, stop))
-            record = {"task": case.task, "way": f"{method} {reduction:g}", "item": case.id, "cells": len(case.context)}
+            record = {"task": case.task, "way": way(method, reduction), "item": case.id, "cells": len(case.context)}
             store.add({**record, **scored(case, found, engines)})
     finally:
         if worker:
@@ -175,14 +180,14 @@ def rows(store: Store, jobs: Sequence[tuple[str, float, str]], all_cases: Sequen
                 by_way.setdefault((task, record["way"]), {})[record["item"]] = record
     out = []
     for method, reduction, task in jobs:
-        records = by_way.get((task, f"{method} {reduction:g}"), {})
+        records = by_way.get((task, way(method, reduction)), {})
         row: Record = {"method": method, "task": task, "requested": reduction or None, "note": _note(method)}
         good = {item: record for item, record in records.items() if "error" not in record}
         if not good:
             errors = [record["error"] for record in records.values()]
             out.append({**row, "error": errors[0] if errors else failed or "not measured"})
             continue
-        full = by_way.get((task, f"{yardstick(method)} 0"), {})
+        full = by_way.get((task, way(yardstick(method), 0)), {})
         out.append({**row, **_figures(task, good, full), "failed": len(records) - len(good)})
     return out
 
@@ -294,7 +299,7 @@ def main() -> None:
         store = Store(options.work, {"fingerprints": prints})
         if options.measured:
             known = {(record["task"], record["way"]) for task in TASKS for record in store.of(task)}
-            jobs = [job for job in jobs if (job[2], f"{job[0]} {job[1]:g}") in known]
+            jobs = [job for job in jobs if (job[2], way(job[0], job[1])) in known]
         else:
             measure(store, all_cases, jobs, engines, python, options.threads)
     finally:
