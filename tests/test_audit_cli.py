@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,11 @@ def answered(engine: FakeEngine, store: AuditStore, id: str, document: str | Non
     )
     store.append(found)
     assert found.figures["kept_cells"] > 0
-    store.append(replace(found, id=f"{id}-forged", answer="something else", answer_tokens=(1, 2)))
+    segments = [asdict(segment) for segment in found.segments]
+    segments[0]["anchor_positions"] = (1, 2, 3)
+    store.append(replace(
+        found, id=f"{id}-forged", answer="something else", answer_tokens=(1, 2), segments=segments,
+    ))
 
 
 def test_a_request_run_again_gives_the_same_answer(engine: FakeEngine, store: AuditStore, database: Path) -> None:
@@ -191,7 +195,7 @@ def test_a_request_run_again_gives_the_same_answer(engine: FakeEngine, store: Au
     result = as_json("replay", "chat", "-d", database)
     assert result["same"] is True
     names = {item["name"] for item in result["comparisons"]}
-    assert {"model_fingerprint", "policy.reduction", "answer", "answer_tokens", "kept_cells"} <= names
+    assert {"model_fingerprint", "policy.reduction", "answer", "answer_tokens", "segments", "kept_cells"} <= names
     assert "The same answer" in call("replay", "chat", "-d", database).stdout
 
 
@@ -200,9 +204,9 @@ def test_a_difference_is_shown_and_is_exit_code_1(engine: FakeEngine, store: Aud
     engine.info = replace(engine.info, fingerprint="fake-2")
     found = as_json("replay", "chat-forged", "-d", database, code=1)
     assert [item["name"] for item in found["comparisons"] if not item["same"]] == [
-        "model_fingerprint", "answer", "answer_tokens",
+        "model_fingerprint", "answer", "answer_tokens", "segment 0",
     ]
-    assert "3 of" in call("replay", "chat-forged", "-d", database, code=1).stdout
+    assert "4 of" in call("replay", "chat-forged", "-d", database, code=1).stdout
 
 
 def test_a_request_about_a_document_needs_that_document(

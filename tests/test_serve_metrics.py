@@ -26,7 +26,7 @@ from anchorkv.serve.metrics import Metrics
 from anchorkv.serve.policies import Chosen
 from anchorkv.serve.refusals import Refused
 from anchorkv.serve.safeguard import Safeguard
-from anchorkv.serve.seams import Answered, Plan
+from anchorkv.serve.seams import Answered, Plan, Step
 from anchorkv.serve.service import Service
 from anchorkv.serve.settings_groups import CanarySettings, FallbackSettings, WatchSettings
 
@@ -169,8 +169,9 @@ def test_fallback_steps_by_their_reason(served: Service) -> None:
     assert value(metrics, "fallback_steps_total", code="rule", because="short_text", dry_run="false") == 1
     assert value(metrics, "fallback_steps_total", code="low_confidence", dry_run="true") == 1
     assert value(metrics, "fallback_requests_total") == 2
-    back = FallbackStep("full", "own", "No answer with 'full' could be had.")
+    back = Step("full", "own", "No answer with 'full' could be had.", "refused")
     metrics.answered(replace(seen[0], plan=Plan(seen[0].question.policy, (steps[0], back))))
+    assert value(metrics, "fallback_steps_total", code="refused", because="", dry_run="false") == 1
     dry = replace(steps[0], dry_run=True)
     metrics.answered(replace(seen[0], plan=Plan(seen[0].question.policy, (dry,))))
     assert value(metrics, "fallback_requests_total") == 2, "steps that were not taken do not count"

@@ -138,7 +138,7 @@ class Exchange:
     def _unseen(self, plan: Plan) -> Step:
         """For the record, where the ladder has just failed."""
         log.exception("the ladder could not look at %s", self.question.ask.id)
-        return Step(plan.policy.name, plan.policy.name, f"The ladder could not look at this answer. {_FAULT}")
+        return Step(plan.policy.name, plan.policy.name, f"The ladder could not look at this answer. {_FAULT}", "unseen")
 
     @property
     def _earlier(self) -> list[Outcome]:
@@ -178,7 +178,7 @@ class Exchange:
 
     def _let_stand(self, stands: Plan, wanted: Plan, why: str) -> None:
         before, after = wanted.policy.name, stands.policy.name
-        back = Step(before, after, f"No answer with '{before}' could be had, so this one stands. {why}")
+        back = Step(before, after, f"No answer with '{before}' could be had, so this one stands. {why}", "refused")
         self.plan = replace(stands, steps=(*wanted.steps, back))
 
     def _late(self) -> Refused:

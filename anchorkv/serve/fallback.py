@@ -40,7 +40,6 @@ _WATCHED = {"watch.loss_gap": "loss_gap_grew", "watch.agreement": "agreement_fel
 class FallbackStep(Step):
     """code: "quality_high", "rule", "breaker", "low_confidence"."""
 
-    code: str = ""
     because: str = ""
     """Of a rule or a breaker: what it follows from (rules.BECAUSE, "operator", "canary_failed")."""
     dry_run: bool = False

@@ -95,8 +95,8 @@ class Metrics:
         ended = outcome.finish in ("stop", "length")
         (self._success if ended else self._failed).labels(outcome.finish, tenant).inc()
         for step in answered.plan.steps:
-            known = step if isinstance(step, FallbackStep) else FallbackStep(step.before, step.after, step.reason)
-            self._steps.labels(known.code or "other", known.because, str(known.dry_run).lower()).inc()
+            because, dry = (step.because, step.dry_run) if isinstance(step, FallbackStep) else ("", False)
+            self._steps.labels(step.code or "other", because, str(dry).lower()).inc()
         if answered.plan.policy.name != answered.question.policy.name:  # not what a dry run or a refused step wanted
             self._fallen.labels(tenant).inc()
         if ended:

@@ -241,7 +241,9 @@ class Rounds:
         def write() -> None:
             try:
                 done = self._documents.add(facts, upload.text, snapshot)
-            except AnchorKVError as error:
+            except Exception as error:  # whatever it was, somebody waits
+                if not isinstance(error, AnchorKVError):
+                    log.exception("document %s could not be kept", facts.id)
                 self.calls.append(lambda: self._room.prefixes.remove_document(facts.id))
                 if upload.done.set_running_or_notify_cancel():
                     upload.done.set_exception(error)

@@ -210,10 +210,10 @@ class Scheduler:
                     break
             try:
                 self.round()
+                if self._clock() - measured > 0.5:
+                    self._measured, measured = self._room.measure(self._rounds.running), self._clock()
             except Exception:  # whatever it was, requests that were not hit by it go on
                 log.exception("a round of the engine thread failed")
-            if self._clock() - measured > 0.5:
-                self._measured, measured = self._room.measure(self._rounds.running), self._clock()
             with self._changed:
                 self._changed.notify_all()
         self._rounds.cancel_all()

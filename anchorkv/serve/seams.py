@@ -24,6 +24,9 @@ class Step:
     before: str
     after: str
     reason: str
+    code: str = ""
+    """What kind of reason: "quality_high", "refused" (a safer step came to nothing), "unseen" (the ladder failed), and
+    those of a `FallbackLadder`."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class DirectLadder:
         full = preset(FULL)
         if question.quality != "high" or question.policy.config == full:
             return Plan(question.policy)
-        step = Step(question.policy.name, FULL, "the caller asked for high quality")
+        step = Step(question.policy.name, FULL, "the caller asked for high quality", "quality_high")
         return Plan(Chosen(FULL, full), (step,))
 
     def after(self, question: Question, plan: Plan, outcome: Outcome) -> Plan | None:

@@ -285,14 +285,18 @@ class Service:
     async def segments(self, caller: Principal, number: str) -> Sequence[SegmentFacts]:
         """What every anchor of a document holds: read it up to its end, at low priority, and look.
 
-        Raises NotFound, SavedStateError, Busy.
+        Raises NotFound, SavedStateError, Busy, Refused (504).
         """
         facts = self.scheduler.get_document(caller.tenant, number)
         with self.counted():
-            outcome = await self.scheduler.background(Ask(
-                tenant=caller.tenant, policy=facts.policy.replace(recall="off"), document=number, max_tokens=1,
-                messages=(Message("user", "."),),
-            ))
+            try:
+                async with asyncio.timeout(self.bounds.seconds):
+                    outcome = await self.scheduler.background(Ask(
+                        tenant=caller.tenant, policy=facts.policy.replace(recall="off"), document=number, max_tokens=1,
+                        messages=(Message("user", "."),),
+                    ))
+            except TimeoutError:
+                raise timed_out(self.bounds.seconds) from None
         if outcome.finish in ("error", "cancelled"):
             raise SavedStateError(outcome.error or "The document cannot be read now; try again.")
         return [segment for segment in outcome.segments if segment.stop <= facts.tokens]

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -64,7 +64,7 @@ async def answers(exchanges: Sequence[Exchange]) -> list[Whole]:
     return found
 
 
-async def parts(exchanges: Sequence[Exchange]) -> AsyncIterator[Part | None]:
+async def parts(exchanges: Sequence[Exchange]) -> AsyncGenerator[Part | None]:
     """All of them, mixed as they are written; None where nothing came for a while. Raises Refused."""
     queue: asyncio.Queue[Part | BaseException] = asyncio.Queue()
 
@@ -143,14 +143,15 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     try:
         yield b"".join(map(_data, first))
-        async for part in parts(exchanges):
-            yield b": still working\n\n" if part is None else b"".join(map(_data, event(part)))
+        async with contextlib.aclosing(parts(exchanges)) as found:
+            async for part in found:
+                yield b": still working\n\n" if part is None else b"".join(map(_data, event(part)))
         yield b"".join(map(_data, last())) + b"data: [DONE]\n\n"
     except AnchorKVError as error:
-        found = refusal(error)
-        body = body_of(found)
-        if found.retry_after is not None:
-            body["error"]["retry_after"] = math.ceil(found.retry_after)
+        refused = refusal(error)
+        body = body_of(refused)
+        if refused.retry_after is not None:
+            body["error"]["retry_after"] = math.ceil(refused.retry_after)
         yield _data(body)
     except Exception:
         log.exception("a stream failed")

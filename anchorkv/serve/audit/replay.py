@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -66,7 +66,7 @@ def check(entry: Entry) -> None:
 
 
 def replay(entry: Entry, replayer: Replayer) -> list[Comparison]:
-    """Fingerprints, policy, text, tokens and cells: recorded against now. Raises AuditError as `check` does."""
+    """Fingerprints, policy, text, tokens, segments, cells: recorded against now. Raises AuditError as `check` does."""
     check(entry)
     body = entry.body()
     config = body.get("policy_config") or {}
@@ -84,6 +84,20 @@ def replay(entry: Entry, replayer: Replayer) -> list[Comparison]:
         found.append(Comparison("answer", body["answer"], now.text))
     if body.get("answer_tokens") is not None:
         found.append(Comparison("answer_tokens", body["answer_tokens"], now.tokens))
+    found += _segments(body.get("segments") or (), now.figures.get("segments") or ())
     figures = body.get("figures") or {}
     shared = [name for name in FIGURES if name in figures and name in now.figures]
     return found + [Comparison(name, figures[name], now.figures[name]) for name in shared]
+
+
+_ANCHORS = ("start", "stop", "kept", "recalled", "anchor_positions")
+
+
+def _segments(then: Sequence[Any], now: Sequence[Any]) -> list[Comparison]:
+    """How many there are, and those that lie elsewhere or left other anchors."""
+    if not then:  # a record of a time before segments were kept, or of another program
+        return []
+    pairs = enumerate(zip(then, now, strict=False))
+    both = ((number, *({key: segment.get(key) for key in _ANCHORS} for segment in pair)) for number, pair in pairs)
+    each = (Comparison(f"segment {number}", recorded, found) for number, recorded, found in both)
+    return [Comparison("segments", len(then), len(now)), *(item for item in each if not item.same)]
