@@ -246,7 +246,8 @@ async def anchored(
                 side = Anchored(url, client, named, options.recall)
                 return await load(side, talks, new, options.answer)
         finally:
-            process.terminate()
+            if process.returncode is None:
+                process.terminate()
             await process.wait()
 
 
@@ -291,7 +292,7 @@ async def peer(options: argparse.Namespace, each: int, talks: list[Messages], ne
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="GGUF file; without it the built-in model")
-    parser.add_argument("--policy", help="of the server; without it the model's own")
+    parser.add_argument("--policy", help="of the server: a preset or a .json; without it the model's own")
     parser.add_argument("--recall", choices=("off", "on", "auto"), help="without it as the policy says")
     parser.add_argument("--tokens", type=int, default=4000, help="of a conversation")
     parser.add_argument("--slots", type=int, default=4, help="full conversations that the KV memory is made for")

@@ -128,7 +128,9 @@ class Rollout(Part):
         except (UnicodeDecodeError, yaml.YAMLError):
             raise ConfigError(f"{path} is no YAML; give the rollout.yaml that anchorkv poc wrote.") from None
         if not isinstance(content, dict) or "format" not in content:
-            raise ConfigError(f"{path} is no rollout plan; give the rollout.yaml that anchorkv poc wrote.")
+            raise ConfigError(
+                f"{path} is no rollout plan; give the rollout.yaml that anchorkv poc wrote, or a policy as .json."
+            )
         if content["format"] != FORMAT:
             raise ConfigError(
                 f"{path} is a rollout plan of another version ({content['format']}); run anchorkv poc again."

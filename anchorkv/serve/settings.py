@@ -182,5 +182,6 @@ class ServeSettings(Group):
             case ".json":
                 return AnchorConfig.load(Path(self.policy).expanduser())
         raise ConfigError(
-            f"There is no policy '{self.policy}'; choose one of {', '.join(PRESETS)}, or name a .json or .yaml file."
+            f"There is no policy '{self.policy}'; choose one of {', '.join(PRESETS)}, or name a .json file of a policy "
+            "or the rollout.yaml that anchorkv poc wrote."
         )
