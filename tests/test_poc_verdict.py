@@ -181,6 +181,14 @@ def test_texts_too_short_to_save_anything_keep_the_full_cache() -> None:
     assert [rule.when for rule in found] == ["tokens < 400"]
 
 
+def test_few_questions_do_not_blind_the_watch() -> None:
+    for value, stderr, floor in ((0.6, 0.19, 0.3), (0.9, 0.19, 0.33), (0.2, 0.19, 0.2)):
+        one = way()
+        answering = one.answering.model_copy(update={"agreement": fig(value, stderr)})
+        seen = watch(one.model_copy(update={"answering": answering}), LIMITS)
+        assert seen.agreement_floor == pytest.approx(floor)
+
+
 def test_the_watch_is_three_errors_wide() -> None:
     seen = watch(way(ratio=1.1), LIMITS)
     assert seen.loss_gap == pytest.approx(math.log(1.1))

@@ -57,7 +57,9 @@ def watch(way: WayResult | None, thresholds: Thresholds) -> Watch:
         limit = gap + ERRORS * ratio.stderr / ratio.value  # the error of a logarithm is the relative one
     floor = thresholds.agreement
     if agreement and agreement.value is not None and agreement.stderr:
-        floor = max(0.0, agreement.value - ERRORS * agreement.stderr)
+        # A few questions leave an error so large that nothing would ever be below it.
+        least = min(thresholds.agreement / 2, agreement.value)
+        floor = max(least, agreement.value - ERRORS * agreement.stderr)
     return Watch(
         loss_gap=gap, loss_gap_limit=max(gap, limit), agreement=agreement.value if agreement else None,
         agreement_floor=floor, reduction=way.reduction.value if way else None,
