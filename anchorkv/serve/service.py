@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -222,12 +223,10 @@ class Service:
                 lambda: self.scheduler.add_document(caller.tenant, text, policy.config, title), self._give_up
             )
             try:
-                async with asyncio.timeout(self.bounds.seconds):
+                async with self._in_time():
                     facts = await asyncio.wrap_future(future)
             except BaseException as error:
                 self._give_up(future)
-                if isinstance(error, TimeoutError):
-                    raise timed_out(self.bounds.seconds) from None
                 if isinstance(error, SavedStateError):
                     raise Refused(503, str(error), code="no_storage", retry_after=30.0) from None
                 raise
@@ -289,17 +288,23 @@ class Service:
         """
         facts = self.scheduler.get_document(caller.tenant, number)
         with self.counted():
-            try:
-                async with asyncio.timeout(self.bounds.seconds):
-                    outcome = await self.scheduler.background(Ask(
-                        tenant=caller.tenant, policy=facts.policy.replace(recall="off"), document=number, max_tokens=1,
-                        messages=(Message("user", "."),),
-                    ))
-            except TimeoutError:
-                raise timed_out(self.bounds.seconds) from None
+            async with self._in_time():
+                outcome = await self.scheduler.background(Ask(
+                    tenant=caller.tenant, policy=facts.policy.replace(recall="off"), document=number, max_tokens=1,
+                    messages=(Message("user", "."),),
+                ))
         if outcome.finish in ("error", "cancelled"):
             raise SavedStateError(outcome.error or "The document cannot be read now; try again.")
         return [segment for segment in outcome.segments if segment.stop <= facts.tokens]
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Raises Refused (504) where the block takes longer than a request may."""
+        try:
+            async with asyncio.timeout(self.bounds.seconds):
+                yield
+        except TimeoutError:
+            raise timed_out(self.bounds.seconds) from None
 
     # --- threads, and the end ----------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -126,9 +126,10 @@ class EventStream(StreamingResponse):
         last: Callable[[], list[dict[str, Any]]], first: list[dict[str, Any]], headers: dict[str, str],
     ) -> None:
         """event: what is sent for a part; first, last: before and after all of them."""
-        self._stack = stack
+        self._stack, events = stack, _events(exchanges, event, last, first)
+        stack.push_async_callback(events.aclose)  # it may have been left between two events, where nothing else ends it
         headers = {**headers, "x-accel-buffering": "no"}
-        super().__init__(_events(exchanges, event, last, first), headers=headers, media_type="text/event-stream")
+        super().__init__(events, headers=headers, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -140,18 +141,18 @@ class EventStream(StreamingResponse):
 async def _events(
     exchanges: Sequence[Exchange], event: Callable[[Part], list[dict[str, Any]]],
     last: Callable[[], list[dict[str, Any]]], first: list[dict[str, Any]],
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     try:
         yield b"".join(map(_data, first))
-        async with contextlib.aclosing(parts(exchanges)) as found:
-            async for part in found:
+        async with contextlib.aclosing(parts(exchanges)) as mixed:
+            async for part in mixed:
                 yield b": still working\n\n" if part is None else b"".join(map(_data, event(part)))
         yield b"".join(map(_data, last())) + b"data: [DONE]\n\n"
     except AnchorKVError as error:
-        refused = refusal(error)
-        body = body_of(refused)
-        if refused.retry_after is not None:
-            body["error"]["retry_after"] = math.ceil(refused.retry_after)
+        found = refusal(error)
+        body = body_of(found)
+        if found.retry_after is not None:
+            body["error"]["retry_after"] = math.ceil(found.retry_after)
         yield _data(body)
     except Exception:
         log.exception("a stream failed")

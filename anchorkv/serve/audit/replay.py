@@ -97,7 +97,13 @@ def _segments(then: Sequence[Any], now: Sequence[Any]) -> list[Comparison]:
     """How many there are, and those that lie elsewhere or left other anchors."""
     if not then:  # a record of a time before segments were kept, or of another program
         return []
-    pairs = enumerate(zip(then, now, strict=False))
-    both = ((number, *({key: segment.get(key) for key in _ANCHORS} for segment in pair)) for number, pair in pairs)
-    each = (Comparison(f"segment {number}", recorded, found) for number, recorded, found in both)
-    return [Comparison("segments", len(then), len(now)), *(item for item in each if not item.same)]
+    found = [Comparison("segments", len(then), len(now))]
+    for number, (recorded, again) in enumerate(zip(then, now, strict=False)):
+        item = Comparison(f"segment {number}", _anchors(recorded), _anchors(again))
+        if not item.same:
+            found.append(item)
+    return found
+
+
+def _anchors(segment: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: segment.get(name) for name in _ANCHORS}
