@@ -391,16 +391,42 @@ def test_background_asks_wait_for_idle_time() -> None:
 
 
 def test_a_background_ask_makes_way_and_begins_again() -> None:
-    scheduler = Scheduler(FakeEngine(), 700)
+    clock = Clock()
+    scheduler = Scheduler(FakeEngine(), 700, idle_seconds=60, clock=clock)
     one = ask("low " + STORY * 4, policy=preset("full"), max_tokens=40, ignore_end=False)
     low = scheduler.submit(one, background=True)
     for _ in range(4):
         scheduler.round()
     (outcome,) = run(scheduler, ask(STORY * 4, policy=preset("full"), max_tokens=30))
     assert outcome.finish == "length"
+    for _ in range(200):
+        scheduler.round()
+    assert not low.ended and not scheduler._rounds.busy()  # the conversation may go on
+    assert scheduler._room.prefixes.parked
+    clock.now += 61
     while not low.ended:
         scheduler.round()
     assert list(low.done().tokens) == alone(scheduler.engine, low.ask)
+
+
+def test_background_asks_take_free_cells_alone() -> None:
+    """However full it is with conversations, each goes on where it was."""
+    clock = Clock()
+    scheduler = Scheduler(FakeEngine(), 1_300, idle_seconds=60, clock=clock)
+    full = preset("full")
+    talks = [f"{number} {STORY * 3}" for number in range(3)]
+    first = run(scheduler, *(ask(talk, policy=full, max_tokens=20) for talk in talks))
+    lows = [scheduler.submit(ask(f"low {i} " + STORY * 3, policy=full, max_tokens=30), background=True) for i in (0, 1)]
+    for _ in range(300):
+        scheduler.round()
+    longer = [talk + outcome.text for talk, outcome in zip(talks, first, strict=True)]
+    outcomes = run(scheduler, *(ask(talk + " More?", policy=full, max_tokens=20) for talk in longer))
+    assert all(after.cached_tokens > before.prompt_tokens for before, after in zip(first, outcomes, strict=True))
+    assert not any(low.ended for low in lows)
+    clock.now += 61
+    while not all(low.ended for low in lows):
+        scheduler.round()
+    assert [low.done().finish for low in lows] == ["length", "length"]
 
 
 def test_a_given_answer_is_scored() -> None:

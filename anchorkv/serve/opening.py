@@ -58,6 +58,7 @@ def opened(
         scheduler = Scheduler(
             engine, cells, more=more, max_sessions=settings.max_sessions, max_waiting=settings.max_waiting,
             documents=Documents(engine, settings.documents_folder), background_share=settings.watch.time_share,
+            idle_seconds=settings.watch.idle_seconds,
         )
         stack.callback(scheduler.stop, False)
         policies = Policies.of(chosen or model.policy, settings.policy or OWN, settings.bounds)

@@ -7,8 +7,11 @@ tokens and its policy alone (nothing that recall brought back is ever parked). T
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 
 import numpy as np
@@ -26,6 +29,17 @@ def owner(tenant: str, policy: AnchorConfig) -> Owner:
     return tenant, policy.model_dump_json(exclude={"recall", "recall_cells"})
 
 
+class Claim(Enum):
+    """What parked sessions make way for."""
+
+    BACKGROUND = "background"
+    """Work that can wait: only what nobody has gone on from for a while makes way, and no answer comes later for it."""
+    REQUEST = "request"
+    """A request: what no waiting request goes on from."""
+    ALL = "all"
+    """One that has waited long, or could not run otherwise."""
+
+
 @dataclass(eq=False)
 class Parked:
     """A session that waits to be forked. `stream`: [tokens read], as `Script.stream`."""
@@ -41,7 +55,8 @@ class Parked:
     """Whether many may go on from here: a document, a system prompt, a prompt with several answers."""
     wanted: bool = False
     """Whether a waiting request goes on from here: evicting it would have all of it read again."""
-    used: int = 0
+    used: float = 0.0
+    """When it was parked or found last, by the clock of `Prefixes`; -inf: it is the first to go."""
 
     @property
     def engine(self) -> Engine:
@@ -65,9 +80,11 @@ class Parked:
 class Prefixes:
     """Parked sessions, least recently used first to go. Belongs to the engine thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle_seconds: float = 600.0, clock: Callable[[], float] = time.monotonic) -> None:
+        """idle_seconds: what nobody has gone on from for so long makes way for background work."""
         self.parked: list[Parked] = []
-        self._clock = 0
+        """Least recently used first."""
+        self._idle_seconds, self._clock = idle_seconds, clock
 
     def find(self, who: Owner, stream: Ints, recall_at: int, recall: str) -> Parked | None:
         """The longest beginning of `stream` that `who` has read; beyond `recall_at` only what was read under the same
@@ -101,17 +118,25 @@ class Prefixes:
         """A request goes on from `entry`, and holds most of its cells now: a conversation seldom goes on twice from one
         place, so unless it is `shared` it is the first to go."""
         if not entry.shared:
-            entry.used = 0
+            entry.used = -math.inf
+            self.parked.remove(entry)
+            self.parked.insert(0, entry)
 
-    def evict(self, keep: Parked | None = None, engine: Engine | None = None, wanted: bool = True) -> bool:
-        """Free the least recently used one (of `engine`), `keep` excepted, and unless `wanted` those that are. False
-        when there is none."""
-        candidates = [
-            e for e in self.parked if e is not keep and engine in (None, e.engine) and (wanted or not e.wanted)
-        ]
+    def stay(self, claim: Claim) -> list[Parked]:
+        """Those that do not make way for `claim`."""
+        if claim is Claim.BACKGROUND:
+            since = self._clock() - self._idle_seconds
+            return [entry for entry in self.parked if entry.wanted or entry.used > since]
+        return [entry for entry in self.parked if entry.wanted] if claim is Claim.REQUEST else []
+
+    def evict(self, engine: Engine | None = None, claim: Claim = Claim.ALL, keep: Parked | None = None) -> bool:
+        """Free the least recently used one (of `engine`) that makes way for `claim`, `keep` excepted and wanted ones
+        last. False when there is none."""
+        stay = {id(entry) for entry in (*self.stay(claim), *([keep] if keep is not None else []))}
+        candidates = [e for e in self.parked if id(e) not in stay and engine in (None, e.engine)]
         if not candidates:
             return False
-        self.remove(min(candidates, key=lambda entry: (entry.wanted, entry.used)))
+        self.remove(min(candidates, key=lambda entry: entry.wanted))
         return True
 
     def remove(self, entry: Parked) -> None:
@@ -131,5 +156,6 @@ class Prefixes:
             pass
 
     def _touch(self, entry: Parked) -> None:
-        self._clock += 1
-        entry.used = self._clock
+        entry.used = self._clock()
+        self.parked.remove(entry)
+        self.parked.append(entry)

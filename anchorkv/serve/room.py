@@ -18,7 +18,7 @@ from anchorkv.engines.base import Engine
 from anchorkv.errors import CapacityError
 from anchorkv.serve.cells import Held, distinct, scratch_cells
 from anchorkv.serve.documents import Documents
-from anchorkv.serve.prefixes import Parked, Prefixes, owner
+from anchorkv.serve.prefixes import Claim, Parked, Prefixes, owner
 from anchorkv.serve.requests import TooLarge
 from anchorkv.serve.slots import LEAST_KEPT, Slot
 from anchorkv.session import Session
@@ -31,10 +31,9 @@ _POLICIES = 256
 class Room:
     """Belongs to the engine thread, `check` excepted."""
 
-    def __init__(self, engines: Sequence[Engine], cells: int, documents: Documents) -> None:
+    def __init__(self, engines: Sequence[Engine], cells: int, documents: Documents, prefixes: Prefixes) -> None:
         """engines: contexts of one model, each of `cells` KV cells."""
-        self.engines, self.cells, self.documents = list(engines), cells, documents
-        self.prefixes = Prefixes()
+        self.engines, self.cells, self.documents, self.prefixes = list(engines), cells, documents, prefixes
         self._at_most = {id(engine): 0 for engine in engines}  # cells held, overestimated until counted again
         self._taken: OrderedDict[str, float] = OrderedDict()
 
@@ -71,7 +70,9 @@ class Room:
             self._taken.popitem(last=False)
 
     def _growth(self, slot: Slot, position: int | None = None, held: int = 0) -> int:
-        return slot.growth(self._taken.get(slot.owner[1] + slot.recall, 1.0), position, held)
+        # Background work is promised all that it may need, so that it is not sent away again for want of it.
+        share = 1.0 if slot.low else self._taken.get(slot.owner[1] + slot.recall, 1.0)
+        return slot.growth(share, position, held)
 
     # --- admission ---------------------------------------------------------------------------------------------
 
@@ -91,14 +92,17 @@ class Room:
             return False
 
     def _open(self, slot: Slot, engine: Engine) -> bool:
-        slot.begin(Held(self._with_room(engine, lambda: Session(engine, slot.policy))), 0)
+        claim = Claim.BACKGROUND if slot.low else Claim.ALL
+        held = Held(self._with_room(engine, lambda: Session(engine, slot.policy), claim))
+        slot.begin(held, 0)
         return True
 
     def _go_on(self, slot: Slot, running: Sequence[Slot], engines: Sequence[Engine], parent: Parked) -> bool:
         """From a fork of `parent`, or from a copy of it on another engine."""
         at, growth = len(parent.stream), self._growth(slot, len(parent.stream), len(parent.keys))
         if self._make_room(parent.engine, growth, slot, running, parent):
-            slot.begin(self._with_room(parent.engine, parent.held.fork, parent), at)
+            claim = Claim.BACKGROUND if slot.low else Claim.ALL
+            slot.begin(self._with_room(parent.engine, parent.held.fork, claim, parent), at)
             self.prefixes.went_on(parent)
             return True
         for engine in engines:
@@ -123,26 +127,33 @@ class Room:
         self, engine: Engine, more: int, new: Slot, running: Sequence[Slot], keep: Parked | None
     ) -> bool:
         """Free parked sessions of `engine`, `keep` excepted, until `more` cells for `new` fit beside what was promised;
-        none where that would not be enough. What other waiting requests go on from stays, unless `new` presses."""
+        none where that would not be enough."""
         here = [slot for slot in running if slot.held is not None and slot.session.engine is engine]
         more += max(scratch_cells(slot.policy) for slot in (*here, new)) + sum(self._growth(slot) for slot in here)
-        all_may_go = not here or new.pressing
-        wanted = [e for e in self.prefixes.parked if e.engine is engine and e.wanted and not all_may_go]
-        stays = [e.keys for e in {*wanted, *([keep] if keep is not None else [])}]
+        claim = self._claim(new, running, alone=not here)
+        kept = {*self.prefixes.stay(claim), *([keep] if keep is not None else [])}
+        stays = [entry.keys for entry in kept if entry.engine is engine]
         # Alone on an engine a request fits, whatever others have come to hold of late.
         if distinct([*(s.held.keys() for s in here if s.held), *stays]) + more > self.cells and (here or stays):
             return False
         while self.used(running, engine) + more > self.cells:
-            if not self.prefixes.evict(keep, engine, all_may_go):
+            if not self.prefixes.evict(engine, claim, keep):
                 break
         return True
 
-    def ensure(self, engine: Engine, more: int, running: Sequence[Slot], all_may_go: bool = False) -> bool:
-        """Whether `more` cells are free on `engine` now; parked sessions make way for them, those that waiting requests
-        go on from only if `all_may_go`."""
+    @staticmethod
+    def _claim(new: Slot, running: Sequence[Slot], alone: bool) -> Claim:
+        """What makes way so that `new` may begin on an engine; `alone`: nothing else runs there. Before a conversation
+        makes way, the background's request does."""
+        if new.low or any(slot.low for slot in running):
+            return Claim.BACKGROUND
+        return Claim.ALL if alone or new.pressing else Claim.REQUEST
+
+    def ensure(self, engine: Engine, more: int, running: Sequence[Slot], claim: Claim) -> bool:
+        """Whether `more` cells are free on `engine` now; parked sessions make way for them as `claim` says."""
         while self._at_most[id(engine)] + more > self.cells:
             self._at_most[id(engine)] = self.used(running, engine)
-            if self._at_most[id(engine)] + more > self.cells and not self.prefixes.evict(None, engine, all_may_go):
+            if self._at_most[id(engine)] + more > self.cells and not self.prefixes.evict(engine, claim):
                 return False
         self._at_most[id(engine)] += more
         return True
@@ -171,13 +182,15 @@ class Room:
                 self.prefixes.remove(slot.left)
             slot.left = entry
 
-    def _with_room(self, engine: Engine, action: Callable[[], T], keep: Parked | None = None) -> T:
+    def _with_room(
+        self, engine: Engine, action: Callable[[], T], claim: Claim = Claim.ALL, keep: Parked | None = None
+    ) -> T:
         """`action`, after freeing parked sessions where the engine has no session left."""
         while True:
             try:
                 return action()
             except CapacityError:
-                if not self.prefixes.evict(keep, engine):
+                if not self.prefixes.evict(engine, claim, keep):
                     raise
 
     def _parent(self, slot: Slot) -> Parked | None:

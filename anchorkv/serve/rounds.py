@@ -16,7 +16,7 @@ from anchorkv.errors import AnchorKVError, CapacityError
 from anchorkv.serve.cells import scratch_cells
 from anchorkv.serve.documents import Documents, Snapshot
 from anchorkv.serve.figures import Figures, mean
-from anchorkv.serve.prefixes import Parked, owner
+from anchorkv.serve.prefixes import Claim, Parked, owner
 from anchorkv.serve.queues import Queues
 from anchorkv.serve.requests import DocumentFacts, Finish
 from anchorkv.serve.room import Room
@@ -54,6 +54,10 @@ class Rounds:
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not (self.running or self.background or self.calls or len(self.waiting) or len(self.low))
+
+    def busy(self) -> bool:
+        """Whether a round would get something done now; else the background waits for room, which takes a while."""
+        return bool(self.running or self.background or self.calls or len(self.waiting) or (self.look and len(self.low)))
 
     def round(self) -> None:
         while self.calls:
@@ -124,15 +128,22 @@ class Rounds:
         self._send_away(low)
         return self._room.place(slot, self.running)
 
-    def _secure(self, engine: Engine, more: int, alone: int) -> bool:
-        """See to it that `more` cells are free on `engine`; if need be the background's request, then the youngest
-        ones, leave for a while. alone: enough for the one that is left; False when there are not even so many."""
-        while not self._room.ensure(engine, more, self._active()):
-            here = [slot for slot in self._active() if slot.held is not None and slot.session.engine is engine]
+    def _secure(self, slot: Slot, more: int, alone: int) -> bool:
+        """See to it that `more` cells are free on the engine of `slot`; if need be the background's request, then the
+        youngest ones, leave for a while. alone: enough for `slot` itself; False when there are not even so many."""
+        engine, low = slot.session.engine, self.background
+        if low is not None and low.held is not None and low.session.engine is engine:
+            if self._room.ensure(engine, alone if slot is low else more, self._active(), Claim.BACKGROUND):
+                return True
+            self._send_away(low)
+            if slot is low:
+                return True
+        while not self._room.ensure(engine, more, self._active(), Claim.REQUEST):
+            here = [other for other in self.running if other.held is not None and other.session.engine is engine]
             if len(here) < 2:
-                return self._room.ensure(engine, alone, here, all_may_go=True)
+                return self._room.ensure(engine, alone, here, Claim.ALL)
             # Nobody notices when a prompt is read later; an answer that stops is seen.
-            self._send_away(next((slot for slot in reversed(here) if slot.low or slot.reading), here[-1]))
+            self._send_away(next((other for other in reversed(here) if other.reading), here[-1]))
         return True
 
     def _active(self) -> list[Slot]:
@@ -193,7 +204,7 @@ class Rounds:
         try:
             while done < budget and slot.reading:
                 more = slot.grows_by(budget - done) + scratch_cells(slot.policy)
-                if not self._secure(slot.session.engine, more, min(more, slot.growth() + scratch_cells(slot.policy))):
+                if not self._secure(slot, more, min(more, slot.growth() + scratch_cells(slot.policy))):
                     raise CapacityError("This request needs more KV cells than there are.")
                 if slot.held is None:
                     break
@@ -275,9 +286,10 @@ class Rounds:
         for slot in slots:
             if slot.held is not None and slot.ended_segment is not None:
                 self._recall_on(slot)
+        slots = [slot for slot in slots if slot.held is not None]
         more = sum(1 + slot.policy.ac_tokens for slot in slots)
         more += max((scratch_cells(slot.policy) for slot in slots), default=0)
-        if slots and not self._secure(engine, more, more):
+        if slots and not self._secure(slots[0], more, more):
             self._end(slots[0], "error", "This request needs more KV cells than there are.")
         writing = [
             (slot, token) for slot in slots if slot.held is not None and (token := self._draw(slot)) is not None
@@ -325,7 +337,7 @@ class Rounds:
     def _recall_on(self, slot: Slot) -> None:
         try:
             more = slot.policy.recall_cells + scratch_cells(slot.policy)
-            self._secure(slot.session.engine, more, more)
+            self._secure(slot, more, more)
             if slot.held is not None:
                 slot.recall_on()
         except AnchorKVError as error:

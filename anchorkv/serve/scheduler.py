@@ -14,6 +14,7 @@ from anchorkv.engines.base import Engine
 from anchorkv.serve.documents import Documents
 from anchorkv.serve.grammar import open_grammar
 from anchorkv.serve.handle import Handle
+from anchorkv.serve.prefixes import Prefixes
 from anchorkv.serve.prompts import document_script, script_of
 from anchorkv.serve.requests import Ask, Busy, DocumentFacts, Load, Outcome, new_id
 from anchorkv.serve.room import Room
@@ -30,13 +31,14 @@ class Scheduler:
     def __init__(
         self, engine: Engine, cells: int, *, more: Sequence[Engine] = (), max_sessions: int = 64,
         max_waiting: int = 256, documents: Documents | None = None, slice_tokens: int = 256,
-        background_share: float = 0.1, clock: Callable[[], float] = time.perf_counter,
+        background_share: float = 0.1, idle_seconds: float = 600.0, clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """cells: KV cells there are in all. more: further contexts of the same model (`engine.split`); each holds its
         part of the cells. max_sessions: most requests that run at once; max_waiting: that wait.
 
         slice_tokens: most tokens of a prompt that are read between two steps. background_share: part of the time that
-        requests of low priority may take while others run.
+        requests of low priority may take while others run; they take free cells, and those of what nobody has gone on
+        from for `idle_seconds`.
         """
         self.engine, self.max_sessions, self.max_waiting = engine, max_sessions, max_waiting
         self.documents = documents or Documents(engine)
@@ -46,7 +48,7 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         self._files = ThreadPoolExecutor(1, thread_name_prefix="anchorkv-files")
         self.cells = cells
-        self._room = Room([engine, *more], cells // (1 + len(more)), self.documents)
+        self._room = Room([engine, *more], cells // (1 + len(more)), self.documents, Prefixes(idle_seconds, clock))
         self._rounds = Rounds(
             self._room, self.documents, self._files, clock, max_sessions=max_sessions, slice_tokens=slice_tokens,
             background_share=background_share,
@@ -205,7 +207,7 @@ class Scheduler:
         measured = -1.0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping or not self._rounds.idle(), 1.0)
+                self._changed.wait_for(lambda: self._stopping or self._rounds.busy(), 1.0)
                 if self._stopping:
                     break
             try:

@@ -116,6 +116,10 @@ class WatchSettings(Group):
     share: float = Field(0.02, ge=0, le=1, description="share of requests that is checked; 0: none")
     most_share: float = Field(0.25, ge=0, le=1, description="the share may rise to this where a figure is in doubt")
     time_share: float = Field(0.1, gt=0, le=1, description="share of the engine's time that checks may take under load")
+    idle_seconds: float = Field(
+        600, ge=0, description="checks take free KV cells, and those of conversations that nobody has gone on with for "
+        "so long; with 0 a check may cost a live conversation its cells, which is then read again"
+    )
     tokens: int = Field(4096, ge=64, description="longer requests are not checked: a full cache holds all their cells")
     loss_gap_limit: float | None = Field(
         None, ge=0, description="nats a token that anchors may lose; null: as the rollout plan says"
