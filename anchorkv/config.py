@@ -177,3 +177,40 @@ def preset(name: str) -> AnchorConfig:
         return PRESETS[name]
     except KeyError:
         raise ConfigError(f"There is no preset '{name}'; choose one of {', '.join(PRESETS)}.") from None
+
+
+def policy_of(text: str, own: AnchorConfig | None = None) -> AnchorConfig:
+    """The policy that `text` names, wherever a user names one: "NAME" or "NAME:field=value,field=value".
+
+    NAME: a preset, or the JSON file of a policy. own: the model's own policy, which "default" means where it has one.
+    Raises ConfigError, one sentence, for what is unknown or does not fit.
+    """
+    name, _, changes = (text, "", "") if Path(text).is_file() else text.partition(":")
+    return _named(name, own).replace(**_fields(text, changes))
+
+
+def _named(name: str, own: AnchorConfig | None) -> AnchorConfig:
+    if name == "default" and own is not None:
+        return own
+    if name in PRESETS:
+        return PRESETS[name]
+    if name.lower().endswith(".json") or Path(name).is_file():
+        return AnchorConfig.load(Path(name).expanduser())
+    raise ConfigError(f"There is no policy '{name}'; choose one of {', '.join(PRESETS)}, or name a .json file of one.")
+
+
+def _fields(text: str, changes: str) -> dict[str, Any]:
+    """What stands behind the colon. Values are JSON; what is none is a word."""
+    fields: dict[str, Any] = {}
+    for part in filter(None, changes.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or name not in AnchorConfig.model_fields:
+            raise ConfigError(
+                f"In '{text}', '{part}' is no field=value of a policy; its fields are "
+                f"{', '.join(AnchorConfig.model_fields)}."
+            )
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = tuple(value.split("+")) if name == "anchors" else value
+    return fields

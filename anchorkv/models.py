@@ -14,7 +14,7 @@ import platformdirs
 
 from anchorkv.adapted import adapted
 from anchorkv.chat import Conversation
-from anchorkv.config import AnchorConfig, preset
+from anchorkv.config import AnchorConfig, policy_of, preset
 from anchorkv.document import Document
 from anchorkv.engines.base import Engine
 from anchorkv.errors import ModelError
@@ -80,9 +80,9 @@ def load(
     for the built-in SmolLM2-135M-Instruct.
 
     engine: "llama" reads GGUF files, "torch" everything that transformers can load; "auto" takes llama for a GGUF.
-    policy: a preset's name, a configuration, or what makes one of the model's own; None takes that own one: what the
-        file was exported with, else what the paper's checkpoints were trained for (docs/paper-models.md), else
-        "default". The scorer that a file carries is its "default" one.
+    policy: a name as `config.policy_of` takes it, a configuration, or what makes one of the model's own; None takes
+        that own one: what the file was exported with, else what the paper's checkpoints were trained for
+        (docs/paper-models.md), else "default". The scorer that a file carries is its "default" one.
     adapter: False leaves out the adapter that the package brings for the built-in model. At first use it is merged
         into a file of the cache folder; progress: called with (bytes written, bytes in all) meanwhile.
     Raises ModelError when it cannot be found or used, ConfigError for an unknown policy.
@@ -105,10 +105,12 @@ def load(
         if settings is not None and settings.scorer is not None:
             loaded.info = replace(loaded.info, scorer=str(_unpacked(settings.scorer)))
     name = settings.name if settings is not None else ""
-    if isinstance(policy, (str, AnchorConfig)):
-        return Model(loaded, preset(policy) if isinstance(policy, str) else policy, name)
+    if isinstance(policy, AnchorConfig):
+        return Model(loaded, policy, name)
     own = settings.policy if settings is not None else None
     own = own or preset(paper_preset(path, loaded) or "default")
+    if isinstance(policy, str):
+        return Model(loaded, policy_of(policy, own), name)
     return Model(loaded, own if policy is None else policy(own), name)
 
 

@@ -183,6 +183,7 @@ def test_policy_options(document: Path, tmp_path: Path) -> None:
         (["--scorer", "nobody"], "no scorer"),
         (["--policy", "nothing"], "no policy"),
         (["--policy", "none.json"], "cannot be read"),
+        (["--policy", "default:reductio=24"], "no field=value"),
         (["--pin", "never said"], "does not occur"),
         (["--temperature", "-1"], "temperature"),
         (["--top-p", "0"], "top_p"),

@@ -401,7 +401,8 @@ def test_a_background_ask_makes_way_and_begins_again() -> None:
     assert outcome.finish == "length"
     for _ in range(200):
         scheduler.round()
-    assert not low.ended and not scheduler._rounds.busy()  # the conversation may go on
+    assert not low.ended
+    assert not scheduler._rounds.busy()  # the conversation may go on
     assert scheduler._room.prefixes.parked
     clock.now += 61
     while not low.ended:

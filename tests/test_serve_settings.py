@@ -155,6 +155,7 @@ def test_policies(file: Path, tmp_path: Path) -> None:
     plan.save(tmp_path / "rollout.yaml")
     assert load(file, "policy: rollout.yaml").chosen_policy() == plan
     assert load(policy="sepllm").chosen_policy() == preset("sepllm")
+    assert load(policy="default:reduction=24").chosen_policy() == preset("default").replace(reduction=24)
     for name, said in (("nothing", "no policy 'nothing'"), ("none.yaml", "cannot be read"), ("none.json", "cannot be")):
         with pytest.raises(ConfigError, match=said):
             load(policy=name).chosen_policy()

@@ -6,13 +6,12 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from typer import Option
 
 from anchorkv.cli.screen import merging_bar
-from anchorkv.config import PRESETS, AnchorConfig, preset
+from anchorkv.config import PRESETS, AnchorConfig, policy_of
 from anchorkv.errors import ConfigError
 from anchorkv.models import EngineName, Model, Policy, load
 from anchorkv.sampling import Sampling
@@ -60,8 +59,8 @@ class PolicyOptions:
     """A preset or a saved policy, and what is changed in it. None means: as the policy has it."""
 
     policy: Annotated[str | None, _option(
-        "--policy", "-p", panel=_POLICY, metavar="NAME|FILE",
-        help=f"One of {', '.join(PRESETS)}, or a JSON file.")] = None
+        "--policy", "-p", panel=_POLICY, metavar="NAME|FILE[:field=value,…]",
+        help=f"One of {', '.join(PRESETS)}, or a JSON file; :field=value changes it (default:reduction=24).")] = None
     anchors: Annotated[str | None, _option(
         "--anchors", panel=_POLICY, metavar="KIND,…", help="Kinds of anchors: EP, AC, SEL, several or none.")] = None
     ac_tokens: Annotated[int | None, _option(
@@ -98,15 +97,17 @@ class PolicyOptions:
 
     def config(self) -> AnchorConfig:
         """The policy that these options make. Raises ConfigError for what is unknown, out of range or contradictory."""
-        return self._changed(_named(self.policy or "default"))
+        return self._changed(policy_of(self.policy or "default"))
 
     def chosen(self) -> Policy | None:
-        """`config` where a policy was named; what changes the model's own where only options were; None for neither.
+        """What makes the policy that was named, or changes the model's own where only options were given; None where
+        neither was.
 
         Raises ConfigError for what is wrong whatever the model's own policy is.
         """
-        if self.policy is not None:
-            return self.config()
+        if (name := self.policy) is not None:
+            self.config()
+            return lambda own: self._changed(policy_of(name, own))
         self._changes()
         return self._changed if self.given() else None
 
@@ -195,14 +196,6 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     wrapper.__signature__ = inspect.Signature(order)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in order}
     return wrapper
-
-
-def _named(name: str) -> AnchorConfig:
-    if name in PRESETS:
-        return preset(name)
-    if name.lower().endswith(".json") or Path(name).is_file():
-        return AnchorConfig.load(name)
-    raise ConfigError(f"There is no policy '{name}'; choose one of {', '.join(PRESETS)}, or name a JSON file.")
 
 
 def _kinds(text: str) -> tuple[str, ...]:

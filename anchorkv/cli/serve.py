@@ -34,8 +34,8 @@ def serve(
         "--adapter/--no-adapter", rich_help_panel=_MODEL,
         help="Whether the built-in model uses its built-in adapter.")] = None,
     policy: Annotated[str | None, Option(
-        "--policy", "-p", metavar="NAME|FILE", rich_help_panel=_MODEL,
-        help="A preset, a policy (.json), or the rollout.yaml of a proof of concept.")] = None,
+        "--policy", "-p", metavar="NAME|FILE[:field=value,…]", rich_help_panel=_MODEL,
+        help="A preset or policy (.json), also changed (default:reduction=24), or a PoC's rollout.yaml.")] = None,
     host: Annotated[str | None, Option(
         "--host", rich_help_panel=_GATE, help="Address to listen on; any but loopback needs API keys.")] = None,
     port: Annotated[int | None, Option(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from anchorkv.config import PRESETS, AnchorConfig, preset
+from anchorkv.config import AnchorConfig, policy_of
 from anchorkv.errors import ConfigError
 
 FULL, BASE, WINDOW, NO_MEMORY = "full", "base", "window", "no-memory"
@@ -47,17 +45,19 @@ def newest_whole(policy: AnchorConfig) -> AnchorConfig:
 
 
 def way(text: str, own: AnchorConfig | None = None) -> Way:
-    """The way that `text` names: "NAME" or "NAME:field=value,field=value".
+    """The way that `text` names: a policy as `config.policy_of` takes it, and besides its names "base" (the full cache
+    of the model without its adapter), "window" (`newest_whole` of the default), and before any of them "base/" for the
+    model without its adapter.
 
-    NAME: a preset, a JSON file of a policy, "base" (the full cache of the model without its adapter), "window"
-        (`newest_whole` of the default), and before any of them "base/" for the model without its adapter.
-    own: the model's own policy, which "default" means where it has one.
-    Raises ConfigError, one sentence, for what is unknown or does not fit.
+    own: the model's own policy. Raises ConfigError, one sentence, for what is unknown or does not fit.
     """
     name, _, changes = text.partition(":")
     adapter = not (name == BASE or name.startswith(f"{BASE}/"))
-    policy = _policy(name.removeprefix(f"{BASE}/"), own).replace(**_fields(text, changes))
-    return Way(text, policy, adapter)
+    name = name.removeprefix(f"{BASE}/")
+    if name not in (BASE, WINDOW):
+        return Way(text, policy_of(text.removeprefix(f"{BASE}/"), own), adapter)
+    policy = policy_of(f"{FULL if name == BASE else 'default'}:{changes}", own)
+    return Way(text, newest_whole(policy) if name == WINDOW else policy, adapter)
 
 
 def ways(texts: Sequence[str], own: AnchorConfig | None = None) -> list[Way]:
@@ -66,35 +66,3 @@ def ways(texts: Sequence[str], own: AnchorConfig | None = None) -> list[Way]:
         raise ConfigError("No policy was named; name at least one to compare with the full cache.")
     names = list(dict.fromkeys([FULL, *texts]))
     return [way(name, own) for name in names]
-
-
-def _policy(name: str, own: AnchorConfig | None) -> AnchorConfig:
-    if name == BASE:
-        return preset(FULL)
-    if name in ("default", WINDOW):
-        policy = own or preset("default")
-        return newest_whole(policy) if name == WINDOW else policy
-    if name in PRESETS:
-        return preset(name)
-    if name.lower().endswith(".json"):
-        return AnchorConfig.load(name)
-    known = ", ".join([*PRESETS, WINDOW, BASE])
-    raise ConfigError(f"There is no policy '{name}'; choose one of {known}, or a JSON file of one.")
-
-
-def _fields(text: str, changes: str) -> dict[str, Any]:
-    """What stands behind the colon. Values are JSON; what is none is a word."""
-    fields: dict[str, Any] = {}
-    for part in filter(None, changes.split(",")):
-        name, equals, value = part.partition("=")
-        if not equals or name not in AnchorConfig.model_fields:
-            raise ConfigError(
-                f"In '{text}', '{part}' is no field=value of a policy; its fields are "
-                f"{', '.join(AnchorConfig.model_fields)}."
-            )
-        try:
-            fields[name] = json.loads(value)
-        except ValueError:
-            fields[name] = tuple(value.split("+")) if name == "anchors" else value
-    return fields
-

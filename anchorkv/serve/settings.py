@@ -15,7 +15,7 @@ import platformdirs
 from pydantic import Field, ValidationError, model_validator
 from pydantic.types import ByteSize
 
-from anchorkv.config import PRESETS, AnchorConfig, preset
+from anchorkv.config import AnchorConfig, policy_of
 from anchorkv.errors import ConfigError
 from anchorkv.models import EngineName
 from anchorkv.poc.results import Lang
@@ -54,7 +54,8 @@ class ServeSettings(Group):
     threads: int | None = Field(None, ge=1, description="processor threads; null: chosen by the engine")
     adapter: bool = Field(True, description="whether the built-in model uses its built-in adapter")
     policy: str | None = Field(
-        None, description="a preset, a policy (.json), or the rollout.yaml of a proof of concept; null: the model's own"
+        None, description="a preset or a policy (.json), also changed (default:reduction=24), or the rollout.yaml of a "
+        "proof of concept; null: the model's own"
     )
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on; any but loopback needs API keys")
     port: int = Field(8080, ge=0, le=65_535, description="0: any that is free")
@@ -174,14 +175,5 @@ class ServeSettings(Group):
         """What `policy` names; None: the model's own. Raises ConfigError when it cannot be read."""
         if self.policy is None:
             return None
-        if self.policy in PRESETS:
-            return preset(self.policy)
-        match Path(self.policy).suffix.lower():
-            case ".yaml" | ".yml":
-                return Rollout.load(Path(self.policy).expanduser())
-            case ".json":
-                return AnchorConfig.load(Path(self.policy).expanduser())
-        raise ConfigError(
-            f"There is no policy '{self.policy}'; choose one of {', '.join(PRESETS)}, or name a .json file of a policy "
-            "or the rollout.yaml that anchorkv poc wrote."
-        )
+        path = Path(self.policy).expanduser()
+        return Rollout.load(path) if path.suffix.lower() in (".yaml", ".yml") else policy_of(self.policy)
