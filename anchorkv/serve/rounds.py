@@ -186,20 +186,22 @@ class Rounds:
     # --- reading -----------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        """A slice of the prompt whose turn it is."""
-        reading = [slot for slot in self.running if slot.reading]
-        if not reading:
-            return
-        self._next += 1
-        writing = len(reading) < len(self.running)
-        self._read_slice(reading[self._next % len(reading)], self._slice() if writing else self._slice_tokens)
+        """A slice of the prompt whose turn it is, and where that one ends, of the next ones'."""
+        left = self._slice() if any(not slot.reading for slot in self.running) else self._slice_tokens
+        while left > 0 and (reading := [slot for slot in self.running if slot.reading]):
+            self._next += 1
+            done = self._read_slice(reading[self._next % len(reading)], left)
+            if not done:
+                break
+            left -= done
 
     def _slice(self) -> int:
         """Tokens that take about as long to read as a step takes."""
         fair = round(self.figures.step_seconds * self.figures.read_rate)
         return min(self._slice_tokens, max(LEAST_SLICE, fair))
 
-    def _read_slice(self, slot: Slot, budget: int) -> None:
+    def _read_slice(self, slot: Slot, budget: int) -> int:
+        """Up to `budget` tokens of its prompt; the number of tokens read."""
         begun, done = self._clock(), 0
         try:
             while done < budget and slot.reading:
@@ -221,6 +223,7 @@ class Rounds:
         self.figures.prefill_seconds += seconds
         if done >= LEAST_SLICE and seconds > 0:
             self.figures.read_rate = mean(self.figures.read_rate, done / seconds)
+        return done
 
     def _keep(self, slot: Slot) -> None:
         """Leave what `slot` has read to others; a document whose file was lost is written again."""
