@@ -188,6 +188,8 @@ def answered(engine: FakeEngine, store: AuditStore, id: str, document: str | Non
     store.append(replace(
         found, id=f"{id}-forged", answer="something else", answer_tokens=(1, 2), segments=segments,
     ))
+    older = [{name: it for name, it in segment.items() if name != "anchor_positions"} for segment in segments]
+    store.append(replace(found, id=f"{id}-older", segments=older))
 
 
 def test_a_request_run_again_gives_the_same_answer(engine: FakeEngine, store: AuditStore, database: Path) -> None:
@@ -197,6 +199,8 @@ def test_a_request_run_again_gives_the_same_answer(engine: FakeEngine, store: Au
     names = {item["name"] for item in result["comparisons"]}
     assert {"model_fingerprint", "policy.reduction", "answer", "answer_tokens", "segments", "kept_cells"} <= names
     assert "The same answer" in call("replay", "chat", "-d", database).stdout
+    # A record of a time before anchors' positions were kept is compared by what it says.
+    assert as_json("replay", "chat-older", "-d", database)["same"] is True
 
 
 def test_a_difference_is_shown_and_is_exit_code_1(engine: FakeEngine, store: AuditStore, database: Path) -> None:

@@ -74,7 +74,8 @@ class Metrics:
         }
         self._prompt = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self._generation = self._histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
-        self.logs = _LogCounter(self._counter("log_messages", "Messages of that level and above info.", "level"))
+        counted = self._counter("log_messages", "Messages of that level and above info.", "level")
+        self.logs: logging.Handler = _LogCounter(counted)
         """A handler for the root logger, which counts."""
         for metric, ends in ((self._success, ("stop", "length")), (self._failed, ("error", "cancelled"))):
             for finish in ends:

@@ -72,9 +72,9 @@ def opened(
         )
         if (days := settings.audit.retention_days) is not None:
             service.beside = (Background(lambda: retire_daily(trail.store, days)),)
-        service.metrics = Metrics(service, safeguard=safeguard, tenants=settings.metrics_by_tenant)
-        scheduler.tell_gaps(service.metrics.gap)
-        service.observers += [safeguard.watch, service.metrics, RequestLog()]
+        service.metrics = metrics = Metrics(service, safeguard=safeguard, tenants=settings.metrics_by_tenant)
+        scheduler.tell_gaps(metrics.gap)
+        service.observers += [safeguard.watch, metrics, RequestLog()]
         yield service
 
 

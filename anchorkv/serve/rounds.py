@@ -239,6 +239,8 @@ class Rounds:
             self._documents.mend(facts, snapshot)
         except AnchorKVError as error:
             log.error("document %s stays in memory only: %s", facts.id, error)
+        except Exception:  # nobody waits for it
+            log.exception("document %s stays in memory only", facts.id)
 
     def _keep_document(self, slot: Slot, upload: Upload) -> None:
         """An upload has been read: park it, and have it written to disk beside the engine's work."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -84,6 +85,16 @@ class Observer(Protocol):
     def answered(self, answered: Answered) -> None: ...
 
     def refused(self, caller: Principal | None, refused: Refused) -> None: ...
+
+
+class Exposition(Protocol):
+    """Figures for who scrapes them."""
+
+    logs: logging.Handler
+    """Counts what is logged."""
+
+    def text(self) -> bytes:
+        """In Prometheus' text format. Called in a worker thread."""
 
 
 class DirectLadder:

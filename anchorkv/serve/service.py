@@ -28,7 +28,6 @@ from anchorkv.serve.extraction import AT_ONCE, SECONDS, extract_apart
 from anchorkv.serve.handle import Handle
 from anchorkv.serve.keys import Role
 from anchorkv.serve.limits import Limiter
-from anchorkv.serve.metrics import Metrics
 from anchorkv.serve.policies import Chosen, Policies, Wish
 from anchorkv.serve.prompts import script_of
 from anchorkv.serve.recording import record_of
@@ -36,7 +35,7 @@ from anchorkv.serve.refusals import Refused, bad, forbidden, refusal, stopping, 
 from anchorkv.serve.requests import Ask, DocumentFacts, Message, SegmentFacts, new_id
 from anchorkv.serve.safeguard import Safeguard
 from anchorkv.serve.scheduler import Scheduler
-from anchorkv.serve.seams import Answered, Ladder, Observer, Quality, Question
+from anchorkv.serve.seams import Answered, Exposition, Ladder, Observer, Quality, Question
 from anchorkv.serve.settings_groups import RequestLimits
 
 log = logging.getLogger("anchorkv.serve")
@@ -72,7 +71,7 @@ class Service:
     observers: list[Observer] = field(default_factory=list)
     safeguard: Safeguard | None = None
     """The quality watch and the canary, where `ladder` and one of `observers` are theirs."""
-    metrics: Metrics | None = None
+    metrics: Exposition | None = None
     beside: Sequence[Background] = ()
     """What else runs from start to end."""
     draining: bool = False
