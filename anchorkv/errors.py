@@ -14,6 +14,11 @@ class ConfigError(AnchorKVError):
 class DocumentError(AnchorKVError):
     """A document is missing, empty, binary, or cannot be read as text."""
 
+    def __init__(self, message: str, key: str = "") -> None:
+        """key: what is wrong with the file, in a word, for who says it in another language (`poc.results.Remark`)."""
+        super().__init__(message)
+        self.key = key
+
 
 class DataError(AnchorKVError):
     """Training data is missing, damaged or in a form that cannot be used, or has changed since a run was saved."""

@@ -51,20 +51,22 @@ def _bytes_of(path: Path) -> bytes:
 
 def _text_of(data: bytes, name: str, suffix: str) -> str:
     if not data.strip():
-        raise DocumentError(f"{name} is empty; give a document with text in it.")
+        raise DocumentError(f"{name} is empty; give a document with text in it.", "empty")
     if data.startswith(b"%PDF-") or suffix == ".pdf":
         text = _pdf(data, name)
     elif data.startswith(b"PK\x03\x04") or suffix == ".docx":
         text = _docx(data, name)
     elif data.startswith(b"\xd0\xcf\x11\xe0") or data.startswith(b"{\\rtf"):
-        raise DocumentError(f"{name} is an old Word or RTF file, which cannot be read; save it as docx or txt.")
+        raise DocumentError(
+            f"{name} is an old Word or RTF file, which cannot be read; save it as docx or txt.", "old_word"
+        )
     elif suffix in (".html", ".htm", ".xhtml") or _looks_like_html(data):
         text = _html(data, name)
     else:
         text = decode_bytes(data, name)
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n\n").replace("\0", "").strip("\n")
     if not any(character.isalnum() for character in text):
-        raise DocumentError(f"{name} has no words in it; give a document with text.")
+        raise DocumentError(f"{name} has no words in it; give a document with text.", "wordless")
     return text + "\n"
 
 
@@ -147,7 +149,9 @@ def _pdf(data: bytes, name: str) -> str:
     from pypdf.errors import PyPdfError
 
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it reports each repair; the user can do nothing about them
-    encrypted = DocumentError(f"{name} is an encrypted PDF; save a copy without a password and give that.")
+    encrypted = DocumentError(
+        f"{name} is an encrypted PDF; save a copy without a password and give that.", "encrypted"
+    )
     try:
         reader = PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
@@ -160,10 +164,14 @@ def _pdf(data: bytes, name: str) -> str:
         if "encrypt" in str(error).lower() or "cryptography" in str(error).lower():
             raise encrypted from None
         kind = error if isinstance(error, PyPdfError) else type(error).__name__
-        raise DocumentError(f"{name} is not a readable PDF ({kind}); it may be damaged, export it again.") from None
+        raise DocumentError(
+            f"{name} is not a readable PDF ({kind}); it may be damaged, export it again.", "damaged"
+        ) from None
     text = "\n".join(unwrap(page) for page in pages)
     if pages and not any(character.isalnum() for character in text):
-        raise DocumentError(f"{name} has pages but no text, as a scan does; run text recognition (OCR) on it first.")
+        raise DocumentError(
+            f"{name} has pages but no text, as a scan does; run text recognition (OCR) on it first.", "scanned"
+        )
     return text
 
 
@@ -217,16 +225,19 @@ def _docx(data: bytes, name: str) -> str:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             is_word = "word/document.xml" in archive.namelist()
     except zipfile.BadZipFile:
-        raise DocumentError(f"{name} is not a readable docx file; it may be damaged, save it again.") from None
+        raise DocumentError(
+            f"{name} is not a readable docx file; it may be damaged, save it again.", "damaged"
+        ) from None
     if not is_word:
-        raise DocumentError(f"{name} is an archive, not a Word document; give {KINDS}.")
+        raise DocumentError(f"{name} is an archive, not a Word document; give {KINDS}.", "archive")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             lines = list(_blocks(docx.Document(io.BytesIO(data)).iter_inner_content()))
     except Exception as error:  # python-docx passes on whatever zipfile, lxml or a missing part raises
         raise DocumentError(
-            f"{name} is not a readable docx file ({type(error).__name__}); it may be damaged, save it again."
+            f"{name} is not a readable docx file ({type(error).__name__}); it may be damaged, save it again.",
+            "damaged",
         ) from None
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 

@@ -63,7 +63,7 @@ def _strict(data: bytes, encoding: str, name: str) -> str:
         return _readable(data.decode(encoding), name)
     except UnicodeDecodeError as error:
         raise DocumentError(
-            f"{name} is not valid {encoding} at byte {error.start}; it may be cut off, save it again as UTF-8."
+            f"{name} is not valid {encoding} at byte {error.start}; it may be cut off, save it again as UTF-8.", "damaged"
         ) from None
 
 
@@ -82,9 +82,9 @@ def _refuse_damaged(data: bytes, name: str, error: UnicodeDecodeError) -> None:
     good = sum(ord(character) > 127 for character in text) - bad
     if good >= 10 * bad:
         raise DocumentError(
-            f"{name} is UTF-8 with damaged bytes, the first at byte {error.start}; save it again as UTF-8."
+            f"{name} is UTF-8 with damaged bytes, the first at byte {error.start}; save it again as UTF-8.", "damaged"
         )
 
 
 def _binary(name: str) -> DocumentError:
-    return DocumentError(f"{name} is not text but binary data; give txt, md, html, pdf or docx.")
+    return DocumentError(f"{name} is not text but binary data; give txt, md, html, pdf or docx.", "binary")

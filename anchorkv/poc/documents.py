@@ -20,12 +20,6 @@ MAX_BYTES = 32 * 2**20
 LONGEST = 16
 """Characters of a token in the mean, at most: more of a huge text than this need not be looked at."""
 NOT_DOCUMENTS = frozenset({"thumbs.db", "desktop.ini"})
-_EXTRACTION = {
-    "is an encrypted PDF": "encrypted", "has pages but no text": "scanned", "is an old Word or RTF file": "old_word",
-    "has no words in it": "wordless", "is empty": "empty", "is an archive": "archive", "but binary data": "binary",
-    "is not a readable": "damaged", "is not valid": "damaged", "with damaged bytes": "damaged",
-}
-"""What extract.py says of a file -> the key of a results.Remark."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +159,7 @@ def _text(path: Path, max_bytes: int) -> str:
         return extract(path)
     except DocumentError as error:
         why = str(error).removeprefix(f"{path} ").partition(";")[0].rstrip(".").replace(str(path), path.name)
-        raise _Unfit(why, next((key for said, key in _EXTRACTION.items() if said in why), "")) from None
+        raise _Unfit(why, error.key) from None
     except MemoryError:
         raise _Unfit("needs more memory than there is", "memory") from None
 
