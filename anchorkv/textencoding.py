@@ -63,7 +63,8 @@ def _strict(data: bytes, encoding: str, name: str) -> str:
         return _readable(data.decode(encoding), name)
     except UnicodeDecodeError as error:
         raise DocumentError(
-            f"{name} is not valid {encoding} at byte {error.start}; it may be cut off, save it again as UTF-8.", "damaged"
+            f"{name} is not valid {encoding} at byte {error.start}; it may be cut off, save it again as UTF-8.",
+            "damaged",
         ) from None
 
 
