@@ -17,7 +17,7 @@ from typing import Any
 
 from anchorkv.errors import AnchorKVError
 from anchorkv.evaluate.plan import SHARED, TASKS
-from anchorkv.evaluate.report import _cell, _columns, _judged
+from anchorkv.evaluate.report import cell_of, columns_of, verdict_of
 from anchorkv.evaluate.ways import FULL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,10 +44,11 @@ def table(rows: Sequence[Row], columns: Sequence[Column] = ()) -> str:
     every = columns or [(name, name, _number) for name in dict.fromkeys(name for row in rows for name in row)]
     shown = [column for column in every if any(row.get(column[1]) is not None for row in rows)]
     parts = [
-        (heading, any(isinstance(row.get(name), str) for row in rows), [_cell(row, name, form).plain for row in rows])
+        (heading, any(isinstance(row.get(name), str) for row in rows), [cell_of(row, name, form).plain for row in rows])
         for heading, name, form in shown
     ]
-    for heading, of in (("than full", lambda row: _judged(row).plain), ("failed", lambda row: row.get("error") or "")):
+    further = (("than full", lambda row: verdict_of(row).plain), ("failed", lambda row: row.get("error") or ""))
+    for heading, of in further:
         if any(map(of, rows)):
             parts.append((heading, True, [of(row) for row in rows]))
     lines = zip(*([heading, "---" if words else "---:", *texts] for heading, words, texts in parts), strict=True)
@@ -253,7 +254,7 @@ def evaluation(path: Path, found: Found) -> Iterator[str]:
 def _known(task: str, given: Found, rows: Sequence[Row]) -> tuple[str, Sequence[Column], Found]:
     """What its module says of its figures, the columns that the command line shows, and the usual options. Of a task
     that is unknown, or that has other options by now: words and numbers in their order."""
-    plain = [column for column in _columns(rows) if column[1] != "error"]
+    plain = [column for column in columns_of(rows) if column[1] != "error"]
     if task not in TASKS:
         return "", plain, {}
     name, _, kind = TASKS[task].partition(":")

@@ -14,15 +14,12 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -34,6 +31,7 @@ from rich.table import Table
 
 import anchorkv
 from anchorkv.engines.base import Engine
+from anchorkv.evaluate.environment import environment
 from anchorkv.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -297,26 +295,6 @@ def write_results(path: Path, **parts: Any) -> None:
     """`parts` and the machine that they were measured on, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**parts, "environment": environment()}, indent=2) + "\n", encoding="utf-8")
-
-
-def environment() -> dict[str, Any]:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    ) if Path("/proc/cpuinfo").exists() else platform.processor()
-    packages = ["llama-cpp-python", "numpy", "torch", "transformers"]
-    return {
-        "python": platform.python_version(), "processor": cpu, "cores": os.cpu_count(),
-        "packages": {name: _version(name) for name in packages}, "anchorkv": anchorkv.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except Exception:  # not installed: said so in the table
-        return "not installed"
 
 
 def show(rows: Sequence[Row], memory: dict[str, Any] | None) -> None:

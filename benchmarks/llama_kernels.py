@@ -21,13 +21,14 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from inference import ROOT, console, environment
+from inference import ROOT, console
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from anchorkv.engines.llama import LlamaEngine
 from anchorkv.engines.llama_file import fast_copy
+from anchorkv.evaluate.environment import environment
 from anchorkv.models import builtin
 
 WEIGHTS = {"Q4_1": None, "Q4_0": 2, "Q8_0": 7, "F16": 1, "BF16": 32, "F32": 0}

@@ -87,8 +87,8 @@ def table(job: Job, width: int = 120) -> Group:
     """The task's figures with ± their standard errors, and whether each way differs from the full cache; several tables
     one below the other where `width` characters are too few for one."""
     rows = [row for row in job.rows if not row.get("detail")]
-    columns = list(getattr(job.task, "columns", None) or _columns(rows))
-    if any(_judged(row) for row in rows) and all(name != VERDICT for _, name, _ in columns):
+    columns = list(getattr(job.task, "columns", None) or columns_of(rows))
+    if any(verdict_of(row) for row in rows) and all(name != VERDICT for _, name, _ in columns):
         columns.append(("than full", VERDICT, ""))
     found = [_column(rows, *column) for column in columns]
     keys = [column for column in found if column.key]
@@ -127,7 +127,7 @@ class _Column:
 
 def _column(rows: Sequence[Row], heading: str, name: str, form: Format) -> _Column:
     words = name == VERDICT or any(isinstance(row.get(name), str) for row in rows)
-    cells = [_judged(row) if name == VERDICT else _cell(row, name, form) for row in rows]
+    cells = [verdict_of(row) if name == VERDICT else cell_of(row, name, form) for row in rows]
     for row, cell in zip(rows, cells, strict=True):
         if name == "policy" and row.get("beyond_window"):
             cell.append(" †", style="yellow")
@@ -163,7 +163,7 @@ def live(task: Task, records: Sequence[Record], ways: Sequence[Way]) -> str:
     return figures(records, ways) if figures and records else ""
 
 
-def _columns(rows: Sequence[Row]) -> list[tuple[str, str, Format]]:
+def columns_of(rows: Sequence[Row]) -> list[tuple[str, str, Format]]:
     """Words and numbers of the rows, in their order."""
     names = dict.fromkeys(name for row in rows for name in row)
     plain = [
@@ -173,7 +173,7 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, str, Format]]:
     return [(name.replace("_", " "), name, "") for name in plain]
 
 
-def _cell(row: Row, name: str, form: Format) -> Text:
+def cell_of(row: Row, name: str, form: Format) -> Text:
     value = row.get(name)
     if isinstance(value, bool):
         return Text("yes" if value else "")
@@ -202,7 +202,7 @@ def _template(form: str) -> tuple[str, str, str]:
     return before, spec.removeprefix(":"), after
 
 
-def _judged(row: Row) -> Text:
+def verdict_of(row: Row) -> Text:
     """ "better", "worse" or "tie" by the paired difference; "" for the full cache itself, and where it is unknown."""
     value, error = row.get(DIFFERENCE), row.get(f"{DIFFERENCE}{STDERR}")
     if value == error == 0:
