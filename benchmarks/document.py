@@ -139,6 +139,19 @@ def _peers(task: str) -> Callable[[Found], list[Row]]:
     return lambda found: [{**row, "score_stderr": row.get("stderr")} for row in found["rows"] if row["task"] == task]
 
 
+def _served(found: Found) -> list[Row]:
+    rows = [{**found[side], "side": side} for side in ("anchorkv", "peer") if side in found]
+    if len(rows) == 2:
+        rows.append({"side": "ratio", "ratio": found["sessions_ratio"], "faster": found["decode_throughput_ratio"],
+                     "gap": found["p95_between_tokens_ratio"]})
+    return rows
+
+
+def _soak(found: Found) -> list[Row]:
+    soak = found.get("soak")
+    return [{**soak, "passed": "passed" if soak["passed"] else "failed"}] if soak else []
+
+
 POLICY, KEPT, TO_FULL = ("policy", "policy", ""), ("full / kept", "reduction", "{:.1f}×"), ("to full", "ratio", ".3f")
 TOKENS, RECOVERED = ("tokens", "context", ","), ("recovered", "context_recovered", ".1%")
 PREFILL, DECODE = ("to full", "prefill_ratio", "{:.2f}×"), ("to full", "decode_ratio", "{:.2f}×")
@@ -195,6 +208,26 @@ BENCHMARKS = (
         "llama.cpp: compare speeds by their ratios.",
         [(_peers(task), PEERS) for task in ("continuation", "reading", "needle")],
         _with_data, script="peers/run",
+    ),
+    Benchmark(
+        "serving", "Many conversations in the same KV memory",
+        "*anchorkv*: the server, under load from a second process; *peer*: llama.cpp's full cache at its best, "
+        "with as many slots as fit. *Live*: conversations whose next turn is not read again. *Decode*: tokens/s of all "
+        "together while all write. *Gap*: 95 % of an answer's tokens came within so many seconds of the one before, "
+        "while all write and new conversations come in. Where there is a last table: `python benchmarks/soak.py`, the "
+        "server at its memory limit; *lost*: answers that a client got and no record tells of.",
+        [
+            (_served, [
+                ("", "side", ""), ("settings", "settings", ""), ("conversations", "conversations", ","),
+                ("live", "sessions", ","), ("", "ratio", "{:.1f}×"), ("decode", "decode_tokens_per_second", ".1f"),
+                ("", "faster", "{:.2f}×"), ("gap", "p95_seconds_between_tokens", ".2f"), ("", "gap", "{:.2f}×"),
+            ]),
+            (_soak, [
+                ("soak", "passed", ""), ("seconds", "seconds", ".0f"), ("answers", "acknowledged", ","),
+                ("lost", "acknowledged_and_lost", ","), ("memory's growth", "rss_growth", "+.1%"),
+                ("cells taken", "cells_taken_mean", ".0%"), ("time with a queue", "share_of_time_with_a_queue", ".0%"),
+            ]),
+        ],
     ),
     Benchmark(
         "recall_threshold", "When recall starts by itself",

@@ -306,6 +306,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18431)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "serving.json")
     options = parser.parse_args()
+    said = {name: value for name, value in vars(options).items() if name not in ("port", "out")}
     each = -(-(options.tokens + 2 * (options.answer + NEW)) // 256) * 256
     cells = options.slots * each
     with anchorkv.load(options.model, threads=1) as model:
@@ -325,9 +326,11 @@ def main() -> None:
         "decode_throughput_ratio": ours["decode_tokens_per_second"] / theirs["decode_tokens_per_second"],
         "p95_between_tokens_ratio": ratio, "tokens": options.tokens, "kv_cells": cells,
         "kv_bytes": cells * info.cell_bytes, "threads": options.threads, "answer": options.answer, "anchorkv": ours,
-        "peer": theirs, "model": asdict(info) | {"scorer": Path(info.scorer).name}, **environment(),
+        "peer": theirs, "settings": said, "model": asdict(info) | {"scorer": Path(info.scorer).name}, **environment(),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    result |= {name: known[name] for name in ("soak",) if name in known}
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print({key: result[key] for key in list(result)[:3]})
 
