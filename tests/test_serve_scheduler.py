@@ -390,6 +390,24 @@ def test_background_asks_wait_for_idle_time() -> None:
     assert low.done().completion_tokens == 30
 
 
+def test_background_asks_save_up_no_time() -> None:
+    """However long nothing was to be checked, a check takes its share of the time alone."""
+    clock = Clock()
+    scheduler = Scheduler(CountingEngine(clock), 2_000, clock=clock, background_share=0.1)
+    busy = scheduler.submit(ask(STORY * 4, max_tokens=600))
+    while len(busy._pieces) < 500:
+        scheduler.round()
+    low = scheduler.submit(ask("low " + STORY * 4, max_tokens=30), background=True)
+    begun = clock.now
+    while not busy.ended:
+        scheduler.round()
+    figures = scheduler._rounds.figures
+    assert 0 < figures.low_seconds <= 0.1 * (clock.now - begun) + 2 * 64  # the last one when nobody runs any more
+    assert not low.ended
+    while not low.ended:
+        scheduler.round()
+
+
 def test_a_background_ask_makes_way_and_begins_again() -> None:
     clock = Clock()
     scheduler = Scheduler(FakeEngine(), 700, idle_seconds=60, clock=clock)

@@ -28,6 +28,9 @@ LEAST_SLICE = 32
 """Tokens of a prompt that are read between two steps, at least."""
 BACKGROUND_SLICE = 64
 """Tokens that a request of low priority reads at a time."""
+MOST_CREDIT = 1.0
+"""Seconds of its share that low priority may save up: what it left unused in the last minutes is no reason to hold up
+answers now."""
 
 
 class Rounds:
@@ -50,6 +53,7 @@ class Rounds:
         self.on_gap: Callable[[float], None] = lambda seconds: None
         """Told how long each token of an answer came after the one before it."""
         self._next = 0
+        self._credit = self._spent = 0.0
 
     def idle(self) -> bool:
         """Whether there is nothing to do."""
@@ -392,7 +396,10 @@ class Rounds:
     def _serve_background(self) -> None:
         """A slice or a token of the background's request, when nothing else runs or its share is not used up."""
         figures = self.figures
-        if self.running and figures.low_seconds > self._share * (figures.prefill_seconds + figures.decode_seconds):
+        spent = figures.prefill_seconds + figures.decode_seconds
+        self._credit = min(MOST_CREDIT, self._credit + self._share * (spent - self._spent))
+        self._spent = spent
+        if self.running and self._credit < 0:
             return
         if self.background is None and not len(self.waiting):
             for slot in self.low.heads():
@@ -410,4 +417,7 @@ class Rounds:
             self._write([slot_])
         figures.step_seconds, figures.read_rate = before.step_seconds, before.read_rate
         figures.prefill_seconds, figures.decode_seconds = before.prefill_seconds, before.decode_seconds
-        figures.low_seconds += self._clock() - begun
+        seconds = self._clock() - begun
+        figures.low_seconds += seconds
+        if self.running:  # idle time costs nobody anything
+            self._credit -= seconds
