@@ -15,10 +15,11 @@ from anchorkv.engines.base import Engine
 from anchorkv.errors import AnchorKVError, CapacityError
 from anchorkv.serve.cells import scratch_cells
 from anchorkv.serve.documents import Documents, Snapshot
-from anchorkv.serve.figures import Figures, mean
+from anchorkv.serve.figures import Figures, Share, mean
+from anchorkv.serve.keeping import Keeping
 from anchorkv.serve.prefixes import Claim, Parked, owner
 from anchorkv.serve.queues import Queues
-from anchorkv.serve.requests import DocumentFacts, Finish
+from anchorkv.serve.requests import Finish
 from anchorkv.serve.room import Room
 from anchorkv.serve.slots import LEAST_KEPT, Slot, Upload, common
 from anchorkv.serve.steps import step
@@ -28,9 +29,6 @@ LEAST_SLICE = 32
 """Tokens of a prompt that are read between two steps, at least."""
 BACKGROUND_SLICE = 64
 """Tokens that a request of low priority reads at a time."""
-MOST_CREDIT = 1.0
-"""Seconds of its share that low priority may save up: what it left unused in the last minutes is no reason to hold up
-answers now."""
 
 
 class Rounds:
@@ -40,11 +38,12 @@ class Rounds:
         self, room: Room, documents: Documents, files: Executor, clock: Callable[[], float], *, max_sessions: int,
         slice_tokens: int, background_share: float,
     ) -> None:
-        self._room, self._documents, self._files, self._clock = room, documents, files, clock
-        self._max_sessions, self._slice_tokens, self._share = max_sessions, slice_tokens, background_share
+        self._room, self._documents, self._clock = room, documents, clock
+        self._max_sessions, self._slice_tokens, self._share = max_sessions, slice_tokens, Share(background_share)
         self.waiting, self.low = Queues(), Queues()
         self.calls: deque[Callable[[], None]] = deque()
         """What other threads want done on this one."""
+        self._keeping = Keeping(documents, files, room.prefixes, self.calls.append)
         self.running: list[Slot] = []
         self.background: Slot | None = None
         self.figures = Figures()
@@ -53,7 +52,6 @@ class Rounds:
         self.on_gap: Callable[[float], None] = lambda seconds: None
         """Told how long each token of an answer came after the one before it."""
         self._next = 0
-        self._credit = self._spent = 0.0
 
     def idle(self) -> bool:
         """Whether there is nothing to do."""
@@ -92,8 +90,7 @@ class Rounds:
                 self._end(slot, "cancelled")
 
     def _admit(self) -> None:
-        # What running requests free on their way makes room as well, so look now and then without being told.
-        if not (self.look or not self.running or self.figures.steps % 16 == 0):
+        if not (self.look or not self.running or self._looks_anyway()):
             return
         if self.look:
             found = {slot: self._cached(slot) for slot in self.waiting.all()}
@@ -104,6 +101,10 @@ class Rounds:
         # Those that had to leave come back before others come in.
         while self._admit_one(sorted(self.waiting.heads(), key=lambda slot: slot.away is None)):
             pass
+
+    def _looks_anyway(self) -> bool:
+        """What running requests free on their way makes room as well, so look now and then without being told."""
+        return self.figures.steps % 16 == 0
 
     def _admit_one(self, heads: list[Slot]) -> bool:
         """Admit the first of `heads` that may begin; False when none may."""
@@ -236,15 +237,7 @@ class Rounds:
         if document is None or slot.owner != owner(document.tenant, document.policy):
             return
         if self._documents.lacks(document):
-            self._files.submit(self._mend, document, Snapshot.of(slot.session))
-
-    def _mend(self, facts: DocumentFacts, snapshot: Snapshot) -> None:
-        try:
-            self._documents.mend(facts, snapshot)
-        except AnchorKVError as error:
-            log.error("document %s stays in memory only: %s", facts.id, error)
-        except Exception:  # nobody waits for it
-            log.exception("document %s stays in memory only", facts.id)
+            self._keeping.mend(document, Snapshot.of(slot.session))
 
     def _keep_document(self, slot: Slot, upload: Upload) -> None:
         """An upload has been read: park it, and have it written to disk beside the engine's work."""
@@ -257,23 +250,7 @@ class Rounds:
         self._room.park(slot, end=True)
         slot.close()
         self._gone(slot)
-
-        def write() -> None:
-            try:
-                done = self._documents.add(facts, upload.text, snapshot)
-            except Exception as error:  # whatever it was, somebody waits
-                if not isinstance(error, AnchorKVError):
-                    log.exception("document %s could not be kept", facts.id)
-                self.calls.append(lambda: self._room.prefixes.remove_document(facts.id))
-                if upload.done.set_running_or_notify_cancel():
-                    upload.done.set_exception(error)
-                return
-            if upload.done.set_running_or_notify_cancel():
-                upload.done.set_result(done)
-            else:
-                self._documents.delete(done.tenant, done.id)
-
-        self._files.submit(write)
+        self._keeping.keep(upload, facts, snapshot)
 
     # --- writing -----------------------------------------------------------------------------------------------
 
@@ -396,12 +373,10 @@ class Rounds:
     def _serve_background(self) -> None:
         """A slice or a token of the background's request, when nothing else runs or its share is not used up."""
         figures = self.figures
-        spent = figures.prefill_seconds + figures.decode_seconds
-        self._credit = min(MOST_CREDIT, self._credit + self._share * (spent - self._spent))
-        self._spent = spent
-        if self.running and self._credit < 0:
+        left = self._share.left(figures.prefill_seconds + figures.decode_seconds)
+        if self.running and not left:
             return
-        if self.background is None and not len(self.waiting):
+        if self.background is None and not len(self.waiting) and (not self.running or self._looks_anyway()):
             for slot in self.low.heads():
                 if self._room.place(slot, self.running):
                     self.low.admitted(slot)
@@ -420,4 +395,4 @@ class Rounds:
         seconds = self._clock() - begun
         figures.low_seconds += seconds
         if self.running:  # idle time costs nobody anything
-            self._credit -= seconds
+            self._share.take(seconds)
