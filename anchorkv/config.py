@@ -182,7 +182,8 @@ def preset(name: str) -> AnchorConfig:
 def policy_of(text: str, own: AnchorConfig | None = None) -> AnchorConfig:
     """The policy that `text` names, wherever a user names one: "NAME" or "NAME:field=value,field=value".
 
-    NAME: a preset, or the JSON file of a policy. own: the model's own policy, which "default" means where it has one.
+    NAME: a preset, or the JSON file of a policy. own: a model's own policy, which "default" then means instead of the
+        preset.
     Raises ConfigError, one sentence, for what is unknown or does not fit.
     """
     name, _, changes = (text, "", "") if Path(text).is_file() else text.partition(":")

@@ -105,12 +105,10 @@ def load(
         if settings is not None and settings.scorer is not None:
             loaded.info = replace(loaded.info, scorer=str(_unpacked(settings.scorer)))
     name = settings.name if settings is not None else ""
-    if isinstance(policy, AnchorConfig):
-        return Model(loaded, policy, name)
+    if isinstance(policy, (str, AnchorConfig)):
+        return Model(loaded, policy_of(policy) if isinstance(policy, str) else policy, name)
     own = settings.policy if settings is not None else None
     own = own or preset(paper_preset(path, loaded) or "default")
-    if isinstance(policy, str):
-        return Model(loaded, policy_of(policy, own), name)
     return Model(loaded, own if policy is None else policy(own), name)
 
 

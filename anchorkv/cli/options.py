@@ -100,14 +100,12 @@ class PolicyOptions:
         return self._changed(policy_of(self.policy or "default"))
 
     def chosen(self) -> Policy | None:
-        """What makes the policy that was named, or changes the model's own where only options were given; None where
-        neither was.
+        """`config` where a policy was named; what changes the model's own where only options were; None for neither.
 
         Raises ConfigError for what is wrong whatever the model's own policy is.
         """
-        if (name := self.policy) is not None:
-            self.config()
-            return lambda own: self._changed(policy_of(name, own))
+        if self.policy is not None:
+            return self.config()
         self._changes()
         return self._changed if self.given() else None
 
