@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -179,25 +180,22 @@ def preset(name: str) -> AnchorConfig:
         raise ConfigError(f"There is no preset '{name}'; choose one of {', '.join(PRESETS)}.") from None
 
 
-def policy_of(text: str, own: AnchorConfig | None = None) -> AnchorConfig:
+def policy_of(text: str, also: Mapping[str, AnchorConfig] | None = None) -> AnchorConfig:
     """The policy that `text` names, wherever a user names one: "NAME" or "NAME:field=value,field=value".
 
-    NAME: a preset, or the JSON file of a policy. own: a model's own policy, which "default" then means instead of the
-        preset.
+    NAME: a preset, or the JSON file of a policy. also: further names, or what a preset's name means instead.
     Raises ConfigError, one sentence, for what is unknown or does not fit.
     """
     name, _, changes = (text, "", "") if Path(text).is_file() else text.partition(":")
-    return _named(name, own).replace(**_fields(text, changes))
+    return _named(name, {**PRESETS, **(also or {})}).replace(**_fields(text, changes))
 
 
-def _named(name: str, own: AnchorConfig | None) -> AnchorConfig:
-    if name == "default" and own is not None:
-        return own
-    if name in PRESETS:
-        return PRESETS[name]
+def _named(name: str, known: Mapping[str, AnchorConfig]) -> AnchorConfig:
+    if name in known:
+        return known[name]
     if name.lower().endswith(".json") or Path(name).is_file():
         return AnchorConfig.load(Path(name).expanduser())
-    raise ConfigError(f"There is no policy '{name}'; choose one of {', '.join(PRESETS)}, or name a .json file of one.")
+    raise ConfigError(f"There is no policy '{name}'; choose one of {', '.join(known)}, or name a .json file of one.")
 
 
 def _fields(text: str, changes: str) -> dict[str, Any]:

@@ -330,7 +330,8 @@ def main() -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
-    result |= {name: known[name] for name in ("soak",) if name in known}
+    if "soak" in known:
+        result["soak"] = known["soak"]
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     console.print({key: result[key] for key in list(result)[:3]})
 

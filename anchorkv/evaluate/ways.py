@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from anchorkv.config import AnchorConfig, policy_of
+from anchorkv.config import AnchorConfig, policy_of, preset
 from anchorkv.errors import ConfigError
 
 FULL, BASE, WINDOW, NO_MEMORY = "full", "base", "window", "no-memory"
@@ -49,15 +49,13 @@ def way(text: str, own: AnchorConfig | None = None) -> Way:
     of the model without its adapter), "window" (`newest_whole` of the default), and before any of them "base/" for the
     model without its adapter.
 
-    own: the model's own policy. Raises ConfigError, one sentence, for what is unknown or does not fit.
+    own: the model's own policy, which "default" means where it has one.
+    Raises ConfigError, one sentence, for what is unknown or does not fit.
     """
-    name, _, changes = text.partition(":")
+    name, default = text.partition(":")[0], own or preset("default")
+    known = {"default": default, WINDOW: newest_whole(default), BASE: preset(FULL)}
     adapter = not (name == BASE or name.startswith(f"{BASE}/"))
-    name = name.removeprefix(f"{BASE}/")
-    if name not in (BASE, WINDOW):
-        return Way(text, policy_of(text.removeprefix(f"{BASE}/"), own), adapter)
-    policy = policy_of(f"{FULL if name == BASE else 'default'}:{changes}", own)
-    return Way(text, newest_whole(policy) if name == WINDOW else policy, adapter)
+    return Way(text, policy_of(text.removeprefix(f"{BASE}/"), known), adapter)
 
 
 def ways(texts: Sequence[str], own: AnchorConfig | None = None) -> list[Way]:

@@ -40,28 +40,28 @@ def opened(
     progress: as `models.load` takes it. Raises AnchorKVError, one sentence, for whatever cannot be used.
     """
     chosen = settings.chosen_policy()
-    plan = chosen if isinstance(chosen, Rollout) else None
     with ExitStack() as stack:
         gate = gate_of(settings.keys_file)
         trail = _trail(settings)
         stack.callback(trail.close)
+        policy = None if isinstance(chosen, Rollout) else chosen
         model = stack.enter_context(load(
-            settings.model, engine=settings.engine, policy=None if plan is not None else settings.policy,
-            threads=settings.threads, adapter=settings.adapter, progress=progress,
+            settings.model, engine=settings.engine, policy=policy, threads=settings.threads, adapter=settings.adapter,
+            progress=progress,
         ))
         cells = settings.cells_of(model.engine.info.cell_bytes)
         engine, *more = stack.enter_context(
             contexts(model.engine, cells, settings.contexts or contexts_for(model.engine, cells))
         )
-        if plan is not None and plan.fingerprint != engine.info.fingerprint:
-            log.warning("The rollout plan was measured with %s, and this is another model or file.", plan.model)
+        if isinstance(chosen, Rollout) and chosen.fingerprint != engine.info.fingerprint:
+            log.warning("The rollout plan was measured with %s, and this is another model or file.", chosen.model)
         scheduler = Scheduler(
             engine, cells, more=more, max_sessions=settings.max_sessions, max_waiting=settings.max_waiting,
             documents=Documents(engine, settings.documents_folder), background_share=settings.watch.time_share,
             idle_seconds=settings.watch.idle_seconds,
         )
         stack.callback(scheduler.stop, False)
-        policies = Policies.of(plan or model.policy, settings.policy or OWN, settings.bounds)
+        policies = Policies.of(chosen or model.policy, settings.policy or OWN, settings.bounds)
         safeguard = Safeguard.of(
             scheduler, policies, settings.watch, settings.fallback, settings.canary, settings.data,
         )

@@ -92,24 +92,21 @@ class Room:
             return False
 
     def _open(self, slot: Slot, engine: Engine) -> bool:
-        claim = Claim.BACKGROUND if slot.low else Claim.ALL
-        held = Held(self._with_room(engine, lambda: Session(engine, slot.policy), claim))
-        slot.begin(held, 0)
+        slot.begin(Held(self._with_room(slot, engine, lambda: Session(engine, slot.policy))), 0)
         return True
 
     def _go_on(self, slot: Slot, running: Sequence[Slot], engines: Sequence[Engine], parent: Parked) -> bool:
         """From a fork of `parent`, or from a copy of it on another engine."""
         at, growth = len(parent.stream), self._growth(slot, len(parent.stream), len(parent.keys))
         if self._make_room(parent.engine, growth, slot, running, parent):
-            claim = Claim.BACKGROUND if slot.low else Claim.ALL
-            slot.begin(self._with_room(parent.engine, parent.held.fork, claim, parent), at)
+            slot.begin(self._with_room(slot, parent.engine, parent.held.fork, parent), at)
             self.prefixes.went_on(parent)
             return True
         for engine in engines:
             more = len(parent.keys) + growth
             if engine is not parent.engine and self._make_room(engine, more, slot, running, None):
                 copy = partial(Session.restore, engine, slot.policy, *parent.held.session.state())
-                slot.begin(Held(self._with_room(engine, copy)), at)
+                slot.begin(Held(self._with_room(slot, engine, copy)), at)
                 self._at_most[id(engine)] += len(parent.keys)
                 return True
         return False
@@ -118,7 +115,7 @@ class Room:
         cells = slot.away.cells if slot.away is not None else 0
         for engine in engines:
             if self._make_room(engine, cells + self._growth(slot, slot.position, cells), slot, running, None):
-                self._with_room(engine, partial(slot.come_back, engine))
+                self._with_room(slot, engine, partial(slot.come_back, engine))
                 self._at_most[id(engine)] += cells
                 return True
         return False
@@ -171,7 +168,7 @@ class Room:
         held, slot.held = slot.held, None if end else slot.held
         if not end:
             try:
-                held = self._with_room(held.session.engine, held.fork)
+                held = self._with_room(slot, held.session.engine, held.fork)
             except CapacityError:
                 return  # keeping it would have been a favour to others
         shared = document is not None or slot.position == slot.script.head or slot.followed
@@ -182,10 +179,9 @@ class Room:
                 self.prefixes.remove(slot.left)
             slot.left = entry
 
-    def _with_room(
-        self, engine: Engine, action: Callable[[], T], claim: Claim = Claim.ALL, keep: Parked | None = None
-    ) -> T:
-        """`action`, after freeing parked sessions where the engine has no session left."""
+    def _with_room(self, slot: Slot, engine: Engine, action: Callable[[], T], keep: Parked | None = None) -> T:
+        """`action` for `slot`, after freeing parked sessions where the engine has no session left."""
+        claim = Claim.BACKGROUND if slot.low else Claim.ALL
         while True:
             try:
                 return action()
@@ -212,7 +208,7 @@ class Room:
         engine = next((e for e in engines if self._make_room(e, more, slot, running, None)), None)
         if engine is None:
             return
-        session = self._with_room(engine, partial(self.documents.open, facts, engine))
+        session = self._with_room(slot, engine, partial(self.documents.open, facts, engine))
         if session is None:
             return
         self._at_most[id(engine)] += facts.kept_cells

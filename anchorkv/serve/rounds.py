@@ -55,11 +55,14 @@ class Rounds:
 
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.running or self.background or self.calls or len(self.waiting) or len(self.low))
+        return not (self._at_work() or len(self.low))
 
     def busy(self) -> bool:
         """Whether a round would get something done now; else the background waits for room, which takes a while."""
-        return bool(self.running or self.background or self.calls or len(self.waiting) or (self.look and len(self.low)))
+        return self._at_work() or (self.look and len(self.low) > 0)
+
+    def _at_work(self) -> bool:
+        return bool(self.running or self.background or self.calls or len(self.waiting))
 
     def round(self) -> None:
         while self.calls:
