@@ -104,6 +104,7 @@ class FakeEngine:
 
     name = "fake"
     masks = False
+    threads = 2
 
     def __init__(self, window: int = 8192, batch: int = 64) -> None:
         self.tokenizer = ByteTokenizer()
@@ -130,7 +131,7 @@ class FakeEngine:
         except (KeyError, ValueError) as error:
             raise SavedStateError(f"the cells do not fit ({error})") from None
 
-    def decode_together(self, steps: Sequence[tuple[Memory, int, int]]) -> list[Output]:
+    def decode_together(self, steps: Sequence[tuple[Memory, int, int]], parts: int = 1) -> list[Output]:
         return [memory.decode([token], position) for memory, token, position in steps]
 
     def close(self) -> None:

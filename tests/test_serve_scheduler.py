@@ -69,9 +69,9 @@ class CountingEngine(FakeEngine):
 
         self.open = lambda: timed(original(self))  # type: ignore[method-assign]
 
-    def decode_together(self, steps: Any) -> Any:
+    def decode_together(self, steps: Any, parts: int = 1) -> Any:
         self.log.append(("step", len(steps), self.clock.now))
-        return super().decode_together(steps)
+        return super().decode_together(steps, parts)
 
 
 def ask(text: str, tenant: str = "a", **options: Any) -> Ask:

@@ -137,14 +137,19 @@ class Engine(Protocol):
     """Whether Memory.decode takes a `mask`, so that several segments can be read in one forward."""
     batch: int
     """Most tokens a decode takes; longer ones are split by the caller."""
+    threads: int
+    """CPU threads that it computes with."""
 
     def open(self) -> Memory: ...
 
     def restore(self, state: dict[str, npt.NDArray[Any]]) -> Memory:
         """A memory as `Memory.state` gave it. Raises SavedStateError when it does not fit this engine."""
 
-    def decode_together(self, steps: Sequence[tuple[Memory, int, int]]) -> list[Output]:
-        """One token (memory, token, position) for each of several sessions, in one batch."""
+    def decode_together(self, steps: Sequence[tuple[Memory, int, int]], parts: int = 1) -> list[Output]:
+        """One token (memory, token, position) for each of several sessions, in one batch.
+
+        parts: contexts of the same model that decode at once, each with so many times fewer threads.
+        """
 
     def close(self) -> None: ...
 

@@ -52,7 +52,8 @@ class LlamaEngine:
             flash_attention = True  # llama.cpp quantises V only there
         self.path, self.batch = path, batch
         self._model = open_model(path, gpu_layers)
-        self._options = (threads or len(os.sched_getaffinity(0)), sessions + FIRST, flash_attention, kv_type)
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self._options = (sessions + FIRST, flash_attention, kv_type)
         self._context: Any = None
         self._grows = self._owns_model = True
         try:
@@ -97,8 +98,15 @@ class LlamaEngine:
             memory.last_logits = np.asarray(state["logits"], dtype=np.float32)
         return memory
 
-    def decode_together(self, steps: Sequence[tuple[Any, int, int]]) -> list[Output]:
+    def decode_together(self, steps: Sequence[tuple[Any, int, int]], parts: int = 1) -> list[Output]:
         """One token for each memory in one batch; a memory whose past was thinned up to its end goes alone."""
+        self._use(max(1, self.threads // parts))
+        try:
+            return self._decode_together(steps)
+        finally:
+            self._use(self.threads)
+
+    def _decode_together(self, steps: Sequence[tuple[Any, int, int]]) -> list[Output]:
         outputs: dict[int, Output] = {}
         joint: list[tuple[int, LlamaMemory, int, int]] = []
         for index, (memory, token, position) in enumerate(steps):
@@ -135,7 +143,7 @@ class LlamaEngine:
         """
         old, options = self._context, self._options
         # With many sessions in one context only flash attention is fast.
-        self._options = (options[0], sessions + FIRST, True, options[3])
+        self._options = (sessions + FIRST, True, options[2])
         try:
             self._open_context(cells)
         except CapacityError:
@@ -167,13 +175,13 @@ class LlamaEngine:
     # --- the context -------------------------------------------------------------------------------------------
 
     def _open_context(self, cells: int) -> None:
-        threads, sequences, flash, kv_type = self._options
+        sequences, flash, kv_type = self._options
         params = llama_cpp.llama_context_default_params()
         # llama.cpp caps a batch at the context's size, and aborts on a larger one.
         self.cells = -(-max(cells, self.batch) // 256) * 256
         params.n_ctx, params.n_batch, params.n_ubatch = self.cells, self.batch, self.batch
         params.n_seq_max, params.kv_unified = sequences, True
-        params.n_threads = params.n_threads_batch = threads
+        params.n_threads = params.n_threads_batch = self.threads
         params.flash_attn_type = 1 if flash else 0
         params.type_k = params.type_v = _KV_TYPES[kv_type]
         params.no_perf = True
@@ -209,6 +217,9 @@ class LlamaEngine:
             raise CapacityError("llama.cpp could not move the cells into a larger context.")
         llama_cpp.llama_free(old)
 
+    def _use(self, threads: int) -> None:
+        llama_cpp.llama_set_n_threads(self._context, threads, threads)
+
     def _run(self, rows: Sequence[tuple[int, int, int, bool]]) -> None:
         """Decode one batch of (token, position, sequence, wants logits). Grows the context when it is full."""
         batch = self._batch.fill(rows)
@@ -231,7 +242,7 @@ class LlamaEngine:
         )
 
     def _all_sequences(self) -> list[int]:
-        return list(range(self._options[1] - 1, FIRST - 1, -1))
+        return list(range(self._options[0] - 1, FIRST - 1, -1))
 
     def _take_sequence(self) -> int:
         if not self._free_sequences:
@@ -247,10 +258,14 @@ class LlamaEngine:
 
     def _measure_cell(self) -> int:
         """Bytes of keys and values a cell takes in all layers, from two states of the engine itself."""
+        # Alone: OpenMP's threads of the thread that loads would stay, and make those of a server's engine thread sleep
+        # at each layer's end, for more of them than cores.
+        self._use(1)
         self._run([(0, 0, SCRATCH, False)])
         one = self._state_size(SCRATCH)
         self._run([(0, 1, SCRATCH, False)])
         two = self._state_size(SCRATCH)
+        self._use(self.threads)
         llama_cpp.llama_memory_seq_rm(self._kv, SCRATCH, -1, -1)
         self._state_base = one - (two - one)
         return two - one - META.itemsize

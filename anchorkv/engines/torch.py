@@ -66,6 +66,7 @@ class TorchEngine:
         self._rows: CellRows | None = None
         self._check_rule()
         self.info = self._describe(name)
+        self.threads = torch.get_num_threads()
 
     @classmethod
     def load(
@@ -120,8 +121,9 @@ class TorchEngine:
             raise SavedStateError(f"The saved cells do not fit this model: {error}.") from None
         return memory
 
-    def decode_together(self, steps: Sequence[tuple[Any, int, int]]) -> list[Output]:
-        """One token (memory, token, position) for each of several memories, in one padded forward.
+    def decode_together(self, steps: Sequence[tuple[Any, int, int]], parts: int = 1) -> list[Output]:
+        """One token (memory, token, position) for each of several memories, in one padded forward; `parts` is of no
+        account, as PyTorch's threads serve the whole process.
 
         The memories move into one shared batch and stay there, so that nothing is copied while the same ones step on
         together. Raises ValueError when a memory is named twice, CapacityError when there is no room for the batch.

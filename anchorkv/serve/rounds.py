@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import replace
 
-from anchorkv.engines.base import Engine
 from anchorkv.errors import AnchorKVError, CapacityError
 from anchorkv.serve.cells import scratch_cells
 from anchorkv.serve.documents import Documents, Snapshot
@@ -22,7 +21,7 @@ from anchorkv.serve.queues import Queues
 from anchorkv.serve.requests import Finish
 from anchorkv.serve.room import Room
 from anchorkv.serve.slots import LEAST_KEPT, Slot, Upload, common
-from anchorkv.serve.steps import step
+from anchorkv.serve.steps import Steps
 
 log = logging.getLogger("anchorkv.serve")
 LEAST_SLICE = 32
@@ -43,6 +42,7 @@ class Rounds:
         self.waiting, self.low = Queues(), Queues()
         self.calls: deque[Callable[[], None]] = deque()
         """What other threads want done on this one."""
+        self._steps = Steps(room.engines)
         self._keeping = Keeping(documents, files, room.prefixes, self.calls.append)
         self.running: list[Slot] = []
         self.background: Slot | None = None
@@ -83,6 +83,10 @@ class Rounds:
         if self.background is not None:
             self._end(self.background, "cancelled")
         self._room.prefixes.clear()
+
+    def close(self) -> None:
+        """After `cancel_all`, for good."""
+        self._steps.close()
 
     # --- admission ---------------------------------------------------------------------------------------------
 
@@ -259,19 +263,21 @@ class Rounds:
 
     def _write(self, slots: list[Slot]) -> None:
         """One token in each of these answers."""
-        begun, written = self._clock(), 0
+        begun = self._clock()
+        writing: list[tuple[Slot, int]] = []
         for engine in self._room.engines:
-            written += self._write_on(engine, [s for s in slots if s.held is not None and s.session.engine is engine])
-        if not written:
+            writing += self._drawn([s for s in slots if s.held is not None and s.session.engine is engine])
+        if not writing:
             return
-        self.figures.completion_tokens += written
+        self._step(writing)
+        self.figures.completion_tokens += len(writing)
         seconds = self._clock() - begun
         self.figures.steps += 1
         self.figures.decode_seconds += seconds
         self.figures.step_seconds = mean(self.figures.step_seconds, seconds)
 
-    def _write_on(self, engine: Engine, slots: list[Slot]) -> int:
-        """The same on one engine; the number of tokens written."""
+    def _drawn(self, slots: list[Slot]) -> list[tuple[Slot, int]]:
+        """The next token of each of these, all of one engine, which then has room for them."""
         for slot in slots:
             if slot.held is not None and slot.ended_segment is not None:
                 self._recall_on(slot)
@@ -280,18 +286,7 @@ class Rounds:
         more += max((scratch_cells(slot.policy) for slot in slots), default=0)
         if slots and not self._secure(slots[0], more, more):
             self._end(slots[0], "error", "This request needs more KV cells than there are.")
-        writing = [
-            (slot, token) for slot in slots if slot.held is not None and (token := self._draw(slot)) is not None
-        ]
-        before = [slot.session.current for slot, _ in writing]
-        self._step(writing)
-        for (slot, _), segment in zip(writing, before, strict=True):
-            if slot.held is None:
-                continue
-            slot.stepped(segment)
-            if slot.writing is not None and slot.writing.finish is not None:
-                self._finish(slot)
-        return len(writing)
+        return [(slot, token) for slot in slots if slot.held is not None and (token := self._draw(slot)) is not None]
 
     def _draw(self, slot: Slot) -> int | None:
         before = slot.times.last
@@ -315,13 +310,20 @@ class Rounds:
             self._end(writing[index][0], "error", str(error))
 
         sessions, tokens = [slot.session for slot, _ in writing], [token for _, token in writing]
+        before = [session.current for session in sessions]
         try:
-            step(sessions, tokens, self._room.prefixes.evict, fail)
+            self._steps.step(sessions, tokens, self._room.prefixes.evict, fail)
         except Exception:
             log.exception("a joint step failed")
             for slot, _ in writing:
                 if slot.held is not None:
                     self._end(slot, "error", "The server failed while it wrote; the fault is in its log.")
+        for (slot, _), segment in zip(writing, before, strict=True):
+            if slot.held is None:
+                continue
+            slot.stepped(segment)
+            if slot.writing is not None and slot.writing.finish is not None:
+                self._finish(slot)
 
     def _recall_on(self, slot: Slot) -> None:
         try:

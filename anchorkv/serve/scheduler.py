@@ -87,6 +87,7 @@ class Scheduler:
         else:
             self._rounds.cancel_all()
         self._files.shutdown()
+        self._rounds.close()
         return whole
 
     @property

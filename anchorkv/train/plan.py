@@ -32,7 +32,7 @@ class PlanningEngine:
         self, tokenizer: Tokenizer, info: ModelInfo, *, surprise: Floats | None = None, cells: Cells | None = None,
         batch: int = 512,
     ) -> None:
-        self.tokenizer, self.info, self.batch = tokenizer, info, batch
+        self.tokenizer, self.info, self.batch, self.threads = tokenizer, info, batch, 1
         self.surprise, self.known_cells = surprise, cells
 
     def open(self) -> PlanningMemory:
@@ -41,7 +41,7 @@ class PlanningEngine:
     def restore(self, state: dict[str, npt.NDArray[Any]]) -> PlanningMemory:
         raise ModelError("A plan is made anew, not restored.")
 
-    def decode_together(self, steps: Sequence[tuple[Any, int, int]]) -> list[Output]:
+    def decode_together(self, steps: Sequence[tuple[Any, int, int]], parts: int = 1) -> list[Output]:
         return [memory.decode([token], position) for memory, token, position in steps]
 
     def close(self) -> None:
