@@ -97,7 +97,8 @@ class Benchmark:
     """results/NAME.json, which benchmarks/NAME.py or benchmarks/NAME/run.py writes.
 
     means: how its figures are defined. tables: the rows of each (a field of the file, or what makes them of it) and
-    its columns. settings: the command's options, where the file does not hold them.
+    its columns. settings: the command's options, where the file does not hold them. A file that several runs wrote has
+    the settings and the environment of each in "runs".
     """
 
     name: str
@@ -109,9 +110,10 @@ class Benchmark:
 
     def text(self, found: Found) -> str:
         rows = [(of(found) if callable(of) else found.get(of), columns) for of, columns in self.tables]
-        command = f"python benchmarks/{self.script or self.name}.py{options(self.settings(found))}"
+        script = f"python benchmarks/{self.script or self.name}.py"
+        runs = [f"`{script}{options(self.settings(run))}`  \n{machine(run)}" for run in found.get("runs", [found])]
         tables = [table(*part) for part in rows if part[0]]
-        return "\n\n".join([f"## {self.title}", f"`{command}`  \n{machine(found)}", *tables, self.means])
+        return "\n\n".join([f"## {self.title}", *runs, *tables, self.means])
 
 
 def _with_data(found: Found) -> Found:
@@ -158,7 +160,8 @@ PREFILL, DECODE = ("to full", "prefill_ratio", "{:.2f}×"), ("to full", "decode_
 PEERS = (
     ("method", "method", ""), ("asked", "requested", "{:g}×"), KEPT, ("KV cache", "kv_bytes", mib),
     ("cells at the end", "end_cells", ".0f"),
-    ("score", "score", ".3f"), TO_FULL, ("gain", "difference", "+.3f"),
+    ("score", "score", ".3f"), TO_FULL, ("gain", "difference", "+.3f"), ("answer loss", "answer_loss", ".2f"),
+    ("than full's", "loss_verdict", ""),
     ("prefill tok/s", "prefill_tok_s", ".0f"), PREFILL, ("decode tok/s", "decode_tok_s", ".1f"), DECODE,
 )
 BENCHMARKS = (
@@ -203,9 +206,10 @@ BENCHMARKS = (
     Benchmark(
         "peers", "Beside other methods",
         "The same base model and cases. Tables: continuation (score: perplexity, less is better), reading (F1), needle "
-        "(share found). Ratios, gains and verdicts are to the full cache of the same engine and weights, paired case "
-        "by case; a difference below two standard errors is a tie. Peers run in fp32 on PyTorch, anchorkv on "
-        "llama.cpp: compare speeds by their ratios.",
+        "(share found). *Answer loss*: mean -log p of the right answer's tokens; tells more where few answers are "
+        "right. Ratios, gains and verdicts are to the full cache of the same engine and weights, paired case by case; "
+        "a difference below two standard errors is a tie. Peers run in fp32 on PyTorch, anchorkv on llama.cpp: "
+        "compare speeds by their ratios.",
         [(_peers(task), PEERS) for task in ("continuation", "reading", "needle")],
         _with_data, script="peers/run",
     ),

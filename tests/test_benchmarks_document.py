@@ -96,16 +96,25 @@ def test_peers(tmp_path: Path) -> None:
     row = {
         "method": "ours", "task": "reading", "requested": 10, "reduction": 9.5, "kv_bytes": 2**21, "score": 0.5,
         "stderr": 0.1, "difference": -0.02, "difference_stderr": 0.03, "verdict": "tie", "prefill_tok_s": 100.4,
-        "prefill_ratio": 1.5, "decode_tok_s": 9.0, "decode_ratio": float("nan"),
+        "prefill_ratio": 1.5, "decode_tok_s": 9.0, "decode_ratio": float("nan"), "answer_loss": 2.5,
+        "answer_loss_stderr": 0.25, "loss_verdict": "worse",
     }
     failed = {"method": "theirs", "task": "reading", "requested": 10, "error": "It needs\na GPU."}
     text = written(tmp_path, "peers.json", {
-        "rows": [row, failed], "settings": {"reductions": [4, 10], "tasks": ["reading"]}, "environment": MACHINE,
+        "rows": [row, failed], "runs": [
+            {"settings": {"tasks": ["continuation"]}, "environment": {**MACHINE, "date": "2001-02-02"}},
+            {"settings": {"reductions": [4, 10], "tasks": ["reading"]}, "environment": MACHINE},
+        ],
     })
-    assert "`python benchmarks/peers/run.py --data DATA --reductions 4 10 --tasks reading`" in text
+    assert lines(text, "`python") == [
+        "`python benchmarks/peers/run.py --data DATA --tasks continuation`  ",
+        "`python benchmarks/peers/run.py --data DATA --reductions 4 10 --tasks reading`  ",
+    ]
+    assert [line.split()[1] for line in lines(text, "Measured")] == ["2001-02-02", "2001-02-03"]
     assert "Measured 2001-02-03 on Z80, 2 cores; tiny Q8_0 (llama); anchorkv 9.9." in text
     ours, = lines(text, "| ours")
-    assert "| 10× | 9.5× | 2.0 MiB | 0.500 ±0.100 | -0.020 ±0.030 | 100 | 1.50× | 9.0 | – | tie |" in ours
+    assert "| 10× | 9.5× | 2.0 MiB | 0.500 ±0.100 | -0.020 ±0.030 | 2.50 ±0.25 | worse | 100 |" in ours
+    assert ours.endswith("| 1.50× | 9.0 | – | tie |  |")
     assert lines(text, "| theirs")[0].endswith("It needs a GPU. |")
 
 

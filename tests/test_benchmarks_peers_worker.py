@@ -25,7 +25,7 @@ try:
 finally:
     sys.path.remove(str(PEERS))
 
-CONTEXT, NEXT = list(range(20, 60)), list(range(100, 112))
+CONTEXT, NEXT, GOLD = list(range(20, 60)), list(range(100, 112)), [7, 8, 9]
 BUILT = Path(os.environ.get("ANCHORKV_PEERS", Path.home() / ".cache" / "anchorkv" / "peers"))
 Press = Callable[[float], Any]
 
@@ -44,7 +44,7 @@ def tokenizer() -> Any:
 def ask(model: Any, tokenizer: Any) -> Callable[..., dict[str, Any]]:
     def answer(**fields: Any) -> dict[str, Any]:
         job = {"id": 7, "kind": "continuation", "method": "full", "reduction": 1, "context": CONTEXT,
-               "continuation": NEXT}
+               "continuation": NEXT, "gold": GOLD}
         found: dict[str, Any] = worker.answer(json.dumps(job | fields), model, tokenizer)
         json.dumps(found)
         return found
@@ -146,6 +146,23 @@ def test_generate_is_the_models_own_greedy_answer(ask: Any, model: Any) -> None:
     assert ask(**asked | {"context": [*CONTEXT, *NEXT], "question": []})["tokens"] == answer
 
 
+@pytest.mark.parametrize("press", [
+    pytest.param(pruning(lambda layer: list(range(5 + 20 * (1 - layer)))), id="pruned"),
+    pytest.param(masking(lambda layer, head: list(range(4, 9 + 11 * head))), id="masked"),
+])
+@pytest.mark.parametrize("gold", [GOLD, GOLD[:1]])
+def test_the_right_answers_loss_leaves_no_trace(
+    ask: Any, monkeypatch: pytest.MonkeyPatch, press: Press, gold: list[int]
+) -> None:
+    """It is the mean over the answer's tokens after the question, and what is generated then is as without it."""
+    monkeypatch.setitem(methods.METHODS, "uneven", press)
+    asked = {"method": "uneven", "kind": "generate", "question": NEXT, "max_tokens": 6, "stop": []}
+    found = ask(**asked, gold=gold)
+    losses = ask(method="uneven", continuation=[*NEXT, *gold])["losses"][len(NEXT) :]
+    assert found["answer_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    assert found["tokens"] == ask(**asked, gold=list(range(200, 230)))["tokens"]
+
+
 @pytest.mark.parametrize(("line", "said"), [
     ("no json", "JSONDecodeError"),
     ("[1]", "JSON object"),
@@ -156,8 +173,10 @@ def test_generate_is_the_models_own_greedy_answer(ask: Any, model: Any) -> None:
     ('{"id": 3, "kind": "continuation", "method": "full", "reduction": 2, "context": [9999]}', "context is a list"),
     ('{"id": 3, "kind": "continuation", "method": "full", "reduction": 2, "context": []}', "context is empty"),
     ('{"id": 3, "kind": "continuation", "method": "full", "reduction": 2, "context": [1]}', "continuation is a list"),
-    ('{"id": 3, "kind": "generate", "method": "full", "reduction": 2, "context": [1], "question": [], "stop": []}',
-     "max_tokens"),
+    ('{"id": 3, "kind": "generate", "method": "full", "reduction": 2, "context": [1], "question": [], "stop": [],'
+     ' "gold": []}', "gold is empty"),
+    ('{"id": 3, "kind": "generate", "method": "full", "reduction": 2, "context": [1], "question": [], "stop": [],'
+     ' "gold": [1]}', "max_tokens"),
 ])
 def test_a_malformed_job_is_an_error_line(model: Any, tokenizer: Any, line: str, said: str) -> None:
     found = worker.answer(line, model, tokenizer)

@@ -20,7 +20,6 @@ from anchorkv.recall import BM25
 from anchorkv.serve import logs
 from anchorkv.serve.auth import Principal
 from anchorkv.serve.check import Check
-from anchorkv.serve.fallback import FallbackStep
 from anchorkv.serve.gauges import policy_label
 from anchorkv.serve.metrics import Metrics
 from anchorkv.serve.policies import Chosen
@@ -162,8 +161,8 @@ def test_fallback_steps_by_their_reason(served: Service) -> None:
     assert value(metrics, "fallback_requests_total") == 1
     assert value(metrics, "fallback_steps_total") == 1
     steps = (
-        FallbackStep("own", "own, recall=on", "The rule 'tokens < 9' holds.", "rule", "short_text"),
-        FallbackStep("own, recall=on", "own, recall=on", "It had been shown.", "low_confidence", "", True),
+        Step("own", "own, recall=on", "The rule 'tokens < 9' holds.", "rule", "short_text"),
+        Step("own, recall=on", "own, recall=on", "It had been shown.", "low_confidence", "", True),
     )
     metrics.answered(replace(seen[0], plan=Plan(seen[0].plan.policy, steps)))
     assert value(metrics, "fallback_steps_total", code="rule", because="short_text", dry_run="false") == 1

@@ -10,7 +10,7 @@ import numpy as np
 
 from anchorkv.config import AnchorConfig, RecallMode, preset
 from anchorkv.document import QUESTION, Document
-from anchorkv.engines.base import Ints, Tokenizer
+from anchorkv.engines.base import Floats, Ints, Tokenizer
 from anchorkv.evaluate.losses import answer_losses
 from anchorkv.evaluate.metrics import contains
 from anchorkv.evaluate.run import Record, Row, good
@@ -50,17 +50,11 @@ def ask(
     accepted[0], in nats. `answer_recalled`: whether an accepted answer stands in what was recalled for the question.
     """
     with document.fork() as fork:
-        tokenizer = fork.session.engine.tokenizer
         fork.session.config = fork.session.config.replace(recall=mode)
         started = time.perf_counter()
         answer = fork.ask(question, max_tokens=max_tokens)
         seconds = time.perf_counter() - started
-        with fork.session.fork() as session:
-            plan = RecallPlan(session, fork.ranker)
-            plan.update(question)
-            recalled = "".join(plan.text_of(segment) for segment in sorted(session.recalled))
-            session.read([*asking(fork.prompt, tokenizer, question), *tokenizer.encode(lead)])
-            losses = answer_losses(session, tokenizer.encode(accepted[0]))
+        losses, recalled = gold_losses(fork, question, accepted[0], lead)
     cells = answer.accounting
     return {
         "answer": answer.text, "answer_tokens": answer.tokens, "answer_loss": float(losses.mean()),
@@ -68,6 +62,20 @@ def ask(
         "kept_cells": cells.kept_cells, "full_cells": cells.full_cells, "kv_bytes": cells.kept_bytes,
         "reduction": cells.reduction, "seconds": round(seconds, 3),
     }
+
+
+def gold_losses(document: Document, question: str, answer: str, lead: str = "") -> tuple[Floats, str]:
+    """-log p of each token of `answer` where the one to `question` begins, after `lead`, and what was recalled for it.
+
+    On a fork of the document's session; recall is as its policy says.
+    """
+    tokenizer = document.session.engine.tokenizer
+    with document.session.fork() as session:
+        plan = RecallPlan(session, document.ranker)
+        plan.update(question)
+        recalled = "".join(plan.text_of(segment) for segment in sorted(session.recalled))
+        session.read([*asking(document.prompt, tokenizer, question), *tokenizer.encode(lead)])
+        return answer_losses(session, tokenizer.encode(answer)), recalled
 
 
 def with_full(ways: Sequence[Way]) -> list[Way]:

@@ -10,7 +10,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -36,18 +36,6 @@ THEN: Mapping[str, Then] = {"loss_gap_grew": "recall", "agreement_fell": "full",
 _WATCHED = {"watch.loss_gap": "loss_gap_grew", "watch.agreement": "agreement_fell"}
 
 
-@dataclass(frozen=True)
-class FallbackStep(Step):
-    """code: "quality_high", "rule", "breaker", "low_confidence"."""
-
-    because: str = ""
-    """Of a rule or a breaker: what it follows from (rules.BECAUSE, "operator", "canary_failed")."""
-    dry_run: bool = False
-    """It was not taken, only noted."""
-    stopped: bool = False
-    """The step that was wanted does not fit in the KV cells; this is the best that does."""
-
-
 class _Walk:
     """The way up for one request: from `at` of `steps` to safer ones."""
 
@@ -55,7 +43,7 @@ class _Walk:
         self._ladder, self._ask = ladder, ask
         self.rungs = [policy, *ladder.rungs(policy)]
         self.at = 0
-        self.taken: list[FallbackStep] = []
+        self.taken: list[Step] = []
 
     @property
     def policy(self) -> Chosen:
@@ -85,7 +73,7 @@ class _Walk:
             wanted = "The full cache" if self.rungs[target].name == FULL else f"The policy '{self.rungs[target].name}'"
             rest = f"the best that fits is '{self.rungs[reached].name}'" if reached > self.at else "no safer step does"
             reason = f"{reason} {wanted} does not fit in the KV cells; {rest}."
-        self.taken.append(FallbackStep(
+        self.taken.append(Step(
             self.policy.name, self.rungs[reached].name, reason, code, because, self._ladder.settings.dry_run,
             reached < target,
         ))
@@ -169,7 +157,7 @@ class FallbackLadder:
     def after(self, question: Question, plan: Plan, outcome: Outcome) -> Plan | None:
         """One step up where the model is unsure of its answer; None when the answer stands."""
         reason = self._unsure(outcome)
-        again = sum(isinstance(step, FallbackStep) and step.code == "low_confidence" for step in plan.steps)
+        again = sum(step.code == "low_confidence" for step in plan.steps)
         if reason is None or self.settings.dry_run or again >= MOST_AGAIN:
             return None
         walk = self._up(question, plan, reason)
@@ -185,7 +173,7 @@ class FallbackLadder:
         if reason is None:
             return ()
         if shown:
-            found: tuple[FallbackStep, ...] = (FallbackStep(
+            found: tuple[Step, ...] = (Step(
                 plan.policy.name, plan.policy.name, f"{reason} It had been shown already.", "low_confidence", "",
                 self.settings.dry_run,
             ),)
@@ -230,7 +218,7 @@ class FallbackLadder:
         except AnchorKVError:
             return True
 
-    def _count(self, steps: Sequence[FallbackStep]) -> None:
+    def _count(self, steps: Sequence[Step]) -> None:
         with self._lock:
             for step in steps:
                 self.counts[step.code, step.because, step.before, step.after, step.dry_run] += 1

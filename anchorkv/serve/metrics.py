@@ -15,7 +15,6 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.exposition import generate_latest
 
 from anchorkv.serve.auth import Principal
-from anchorkv.serve.fallback import FallbackStep
 from anchorkv.serve.gauges import PREFIX, Now, policy_label
 from anchorkv.serve.refusals import Refused
 from anchorkv.serve.requests import Outcome
@@ -96,8 +95,7 @@ class Metrics:
         ended = outcome.finish in ("stop", "length")
         (self._success if ended else self._failed).labels(outcome.finish, tenant).inc()
         for step in answered.plan.steps:
-            because, dry = (step.because, step.dry_run) if isinstance(step, FallbackStep) else ("", False)
-            self._steps.labels(step.code or "other", because, str(dry).lower()).inc()
+            self._steps.labels(step.code or "other", step.because, str(step.dry_run).lower()).inc()
         if answered.plan.policy.name != answered.question.policy.name:  # not what a dry run or a refused step wanted
             self._fallen.labels(tenant).inc()
         if ended:

@@ -26,8 +26,14 @@ class Step:
     after: str
     reason: str
     code: str = ""
-    """What kind of reason: "quality_high", "refused" (a safer step came to nothing), "unseen" (the ladder failed), and
-    those of a `FallbackLadder`."""
+    """What kind of reason: "quality_high", "rule", "breaker", "low_confidence", "refused" (a safer step came to
+    nothing), "unseen" (the ladder failed)."""
+    because: str = ""
+    """Of a rule or a breaker: what it follows from (rules.BECAUSE, "operator", "canary_failed")."""
+    dry_run: bool = False
+    """It was not taken, only noted."""
+    stopped: bool = False
+    """The step that was wanted does not fit in the KV cells; this is the best that does."""
 
 
 @dataclass(frozen=True)

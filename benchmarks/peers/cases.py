@@ -31,6 +31,8 @@ class Case:
     asked: tuple[int, ...] = ()
     """The tokens of the question, as `Document` asks it."""
     answers: tuple[str, ...] = ()
+    gold: tuple[int, ...] = ()
+    """The tokens of the first one."""
     max_tokens: int = 32
 
     def score(self, answer: str) -> float:
@@ -86,5 +88,5 @@ def _asked(
     opening = tokenizer.start_ids() + tokenizer.encode(prompt.opening, special=True)
     return Case(
         number, task, text, opening + tokenizer.encode(text), [], question,
-        tuple(asking(prompt, tokenizer, question)), answers, most,
+        tuple(asking(prompt, tokenizer, question)), answers, tuple(tokenizer.encode(answers[0])), most,
     )

@@ -21,6 +21,7 @@ from anchorkv.config import AnchorConfig, preset
 from anchorkv.document import Document
 from anchorkv.engines.base import Engine
 from anchorkv.engines.llama import LlamaEngine
+from anchorkv.evaluate.asking import gold_losses
 from anchorkv.evaluate.losses import answer_losses
 from anchorkv.evaluate.ways import newest_whole
 from anchorkv.models import DEFAULT, builtin
@@ -162,8 +163,10 @@ def _answer(engine: Engine, policy: AnchorConfig, case: Case, text: str | None =
         answer = document.ask(case.question, max_tokens=case.max_tokens)
         cells = document.accounting().kept_cells + answer.recalled_cells  # what recall brings back counts
         steps = max(1, answer.tokens - 1)
+        losses, _ = gold_losses(document, case.question, case.answers[0])
         return {
-            "answer": answer.text, "kept_cells": cells, "kv_bytes": cells * engine.info.cell_bytes,
+            "answer": answer.text, "answer_loss": float(losses.mean()),
+            "kept_cells": cells, "kv_bytes": cells * engine.info.cell_bytes,
             "peak_bytes": document.accounting().peak_bytes, "prefill_seconds": document.reading.seconds,
             "decode_seconds": steps / answer.tokens_per_second if answer.tokens_per_second else 0.0,
             "decode_tokens": steps, "first_token_seconds": answer.first_token_seconds,

@@ -5,11 +5,14 @@
 
 Peers run from their own code (methods.py) in an environment of their own, which the first run builds; anchorkv and
 what needs llama.cpp alone run here (ours.py). What is measured is kept in --work, so a stopped run goes on, and more
-cases or reductions extend an earlier one. Writes results/peers.json and results/peers.png.
+cases or reductions extend an earlier one. Writes results/peers.json and results/peers.png; of a task that is not among
+--tasks, the rows that are there stay.
 
 - continuation: books and articles; the context is compressed, and what follows it is predicted. Score: perplexity.
 - reading: SQuAD questions, the passage among others; the context is read before the question is known. Score: F1.
 - needle: a made-up fact in a book. Score: share found.
+
+For the last two also the loss of the right answer, mean -log p a token: it tells more where few answers are right.
 
 Differences are to the full cache of the same engine and the same weights, paired case by case. Torch peers run in fp32
 on PyTorch, anchorkv on llama.cpp with Q8_0 weights: compare their speeds through `*_ratio`, to the full cache of the
@@ -117,7 +120,8 @@ def job_of(case: Case, method: str, reduction: float, stop: Sequence[int]) -> di
     if case.task == CONTINUATION:
         return {**job, "kind": "continuation", "continuation": case.continuation}
     return {
-        **job, "kind": "generate", "question": list(case.asked), "max_tokens": case.max_tokens, "stop": list(stop),
+        **job, "kind": "generate", "question": list(case.asked), "gold": list(case.gold),
+        "max_tokens": case.max_tokens, "stop": list(stop),
     }
 
 
@@ -212,6 +216,11 @@ def _figures(task: str, mine: dict[str, Record], full: dict[str, Record]) -> Rec
     else:
         row |= {"score": score.value, "stderr": score.stderr}
     row |= {"difference": gain.value, "difference_stderr": gain.stderr, "verdict": verdict(gain)}
+    if task != CONTINUATION:
+        losses, yard = ([found[item]["answer_loss"] for item in shared] for found in (mine, full))
+        loss, gain = mean(losses), difference(yard, losses)
+        row |= {"answer_loss": loss.value, "answer_loss_stderr": loss.stderr, "loss_difference": gain.value}
+        row |= {"loss_difference_stderr": gain.stderr, "loss_verdict": verdict(gain)}
     cells = sum(record["cells"] for record in mine.values())
     kept = sum(record["kept_cells"] for record in mine.values())
     row |= {"reduction": cells / kept, "kv_bytes": float(np.mean([record["kv_bytes"] for record in mine.values()]))}
@@ -236,7 +245,8 @@ def _speed(records: Sequence[Record], name: str, amount: str) -> float:
 def show(found: Sequence[Record], tasks: Sequence[str]) -> None:
     for task in tasks:
         table = Table(title=f"{task} ({'perplexity' if task == CONTINUATION else 'score'})")
-        for heading in ("method", "full / kept", "KV bytes", "score", "±", "to full", "", "prefill", "decode"):
+        scores = ("score", "±", "to full", "", "answer loss", "")
+        for heading in ("method", "full / kept", "KV bytes", *scores, "prefill", "decode"):
             table.add_column(heading, justify="left" if heading in ("method", "") else "right")
         for row in (row for row in found if row["task"] == task):
             if "error" in row:
@@ -245,6 +255,7 @@ def show(found: Sequence[Record], tasks: Sequence[str]) -> None:
             table.add_row(
                 row["method"], f"{row['reduction']:.1f}×", f"{row['kv_bytes'] / 2**20:.1f} MiB", f"{row['score']:.3f}",
                 f"{row['stderr']:.3f}", f"{row.get('ratio', row['difference']):.3f}", row["verdict"],
+                f"{row['answer_loss']:.2f}" if "answer_loss" in row else "–", row.get("loss_verdict", ""),
                 f"{row['prefill_ratio']:.2f}×", f"{row['decode_ratio']:.2f}×" if "decode_ratio" in row else "–",
                 style="bold" if row["method"].startswith("anchorkv") else None,
             )
@@ -272,6 +283,26 @@ def given() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=caches / "peers-run", help="what has been measured")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "peers.json")
     return parser.parse_args()
+
+
+OF_TASK = {CONTINUATION: ("texts", "length"), READING: ("questions", "passages"), NEEDLE: ("needles", "length")}
+"""The options that a task's cases depend on."""
+
+
+def said(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command said that these results depend on."""
+    names = dict.fromkeys(name for task in options.tasks for name in OF_TASK[task])
+    return {name: getattr(options, name) for name in ("tasks", "reductions", *names)}
+
+
+def earlier(path: Path, tasks: Sequence[str]) -> dict[str, list[Record]]:
+    """The rows at `path` of other tasks than these, and the runs that they are from."""
+    if not path.exists():
+        return {"rows": [], "runs": []}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = [row for row in found["rows"] if row["task"] not in tasks]
+    others = {row["task"] for row in rows}
+    return {"rows": rows, "runs": [run for run in found["runs"] if others.intersection(run["settings"]["tasks"])]}
 
 
 def main() -> None:
@@ -306,13 +337,12 @@ def main() -> None:
         engines.close()
     found = rows(store, jobs, all_cases, failed)
     show(found, options.tasks)
-    settings = {name: getattr(options, name) for name in ("reductions", "texts", "length", "questions", "passages")}
-    settings |= {"needles": options.needles, "tasks": options.tasks}
+    kept = earlier(options.out, options.tasks)
+    kept["rows"] += found
+    kept["runs"].append({"settings": said(options), "environment": machine()})
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps({"rows": found, "settings": settings, "environment": machine()}, indent=2) + "\n", encoding="utf-8"
-    )
-    draw(found, options.out.with_suffix(".png"))
+    options.out.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    draw(kept["rows"], options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@
 
 {"id", "kind": "continuation", "method", "reduction", "context": [ids], "continuation": [ids]}
     reads `context`, compressed to 1/reduction of its cells, then `continuation`: "losses", -log p of each token.
-{"id", "kind": "generate", "method", "reduction", "context", "question": [ids], "max_tokens": n, "stop": [ids]}
-    reads `question` after it, uncompressed, and answers greedily: "tokens", without the one that stopped it.
+{"id", "kind": "generate", "method", "reduction", "context", "question": [ids], "gold": [ids], "max_tokens": n,
+ "stop": [ids]}
+    reads `question` after it, uncompressed, and answers greedily: "tokens", without the one that stopped it, and
+    "answer_loss", the mean -log p of the tokens of `gold`, had they been the answer.
 
 Every answer has the job's "id" and
     "kept_cells": cells after `context`, the mean over layers and KV heads, counted in the cache's own tensors,
@@ -162,8 +164,18 @@ def continuation(model: Any, context: Context, job: dict[str, Any]) -> dict[str,
     }
 
 
+def forget(context: Context, count: int) -> None:
+    """The last `count` tokens were never read."""
+    for layer in context.cache.layers if count else ():
+        layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
+    context.position -= count
+
+
 def generate(model: Any, context: Context, job: dict[str, Any]) -> dict[str, Any]:
-    logits = read(model, context, job["question"])[-1] if job["question"] else context.logits
+    logits, gold = read(model, context, job["question"])[-1] if job["question"] else context.logits, job["gold"]
+    rows = torch.cat([logits[None], *([read(model, context, gold[:-1])] if len(gold) > 1 else [])])
+    forget(context, len(gold) - 1)
+    loss = torch.nn.functional.cross_entropy(rows, torch.tensor(gold)).item()
     stop, tokens = set(job["stop"]), [int(logits.argmax())]
     started, steps = time.perf_counter(), 0
     while tokens[-1] not in stop and len(tokens) < job["max_tokens"]:
@@ -171,13 +183,14 @@ def generate(model: Any, context: Context, job: dict[str, Any]) -> dict[str, Any
         steps += 1
     seconds = time.perf_counter() - started
     return {
-        "tokens": tokens[:-1] if tokens[-1] in stop else tokens, "decode_seconds": seconds, "decode_tokens": steps
+        "tokens": tokens[:-1] if tokens[-1] in stop else tokens, "answer_loss": loss, "decode_seconds": seconds,
+        "decode_tokens": steps,
     }
 
 
-KINDS = {"continuation": (continuation, ("context", "continuation")), "generate": (generate, ("context",))}
+KINDS = {"continuation": (continuation, ("context", "continuation")), "generate": (generate, ("context", "gold"))}
 """What does a job of a kind, and which of its lists must not be empty."""
-LISTS = {"continuation": ("context", "continuation"), "generate": ("context", "question", "stop")}
+LISTS = {"continuation": ("context", "continuation"), "generate": ("context", "question", "gold", "stop")}
 
 
 def check(job: Any, vocabulary: int) -> None:

@@ -10,7 +10,6 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from anchorkv.serve import fallback
 from anchorkv.serve.requests import Outcome, Piece
 from anchorkv.serve.seams import Answered, Plan
 from anchorkv.serve.service import ModelCard
@@ -255,8 +254,7 @@ def _listed(value: Any) -> Any:
 def steps_of(plan: Plan) -> list[dict[str, Any]]:
     """`FallbackStep`s, as JSON."""
     return [
-        {"before": step.before, "after": step.after, "reason": step.reason,
-         "dry_run": isinstance(step, fallback.FallbackStep) and step.dry_run}
+        {"before": step.before, "after": step.after, "reason": step.reason, "dry_run": step.dry_run}
         for step in plan.steps
     ]
 
