@@ -33,6 +33,23 @@ def test_a_seed_decides() -> None:
     assert [one.draw(LOGITS) for _ in range(20)] == [two.draw(LOGITS) for _ in range(20)]
 
 
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 40}, {"top_k": 700, "top_p": 0.5}, {"top_k": 10**6}])
+def test_a_shortlist_draws_what_sorting_everything_would(options: dict[str, float], spread: float) -> None:
+    """Whether the probable tokens are few or many, and where logits are equal."""
+    found, expected = [], []
+    for seed in range(50):
+        logits = np.random.default_rng(seed).normal(scale=spread, size=2000).astype(np.float32).round(1)
+        logits[::7] = -np.inf
+        found.append(Sampling(0.8, seed=seed, **options).sampler().draw(logits))  # type: ignore[arg-type]
+        order = np.argsort(-logits, kind="stable")[: int(options.get("top_k", len(logits)))]
+        weights = np.exp(logits[order].astype(np.float64) / 0.8)
+        weights /= weights.sum()
+        weights = weights[: np.searchsorted(np.cumsum(weights), options.get("top_p", 1.0)) + 1]
+        expected.append(order[np.random.default_rng(seed).choice(len(weights), p=weights / weights.sum())])
+    assert found == expected
+
+
 def test_repetition_is_penalised() -> None:
     sampler = Sampling(repetition_penalty=3).sampler()
     assert [sampler.draw(LOGITS) for _ in range(2)] == [1, 2]

@@ -80,9 +80,9 @@ class Writing:
 
     def _take(self, token: int, logits: Floats) -> Piece:
         ask = self._ask
-        spread = logits - _log_sum_exp(logits)
+        total = _log_sum_exp(logits)
         self.tokens.append(token)
-        self.logprobs.append(float(spread[token]))
+        self.logprobs.append(float(logits[token] - total))
         self._counts[token] += 1
         shown = self._stops.feed(self._text.write(token))
         if self._stops.hit is not None and ask.given is None:
@@ -92,7 +92,7 @@ class Writing:
         self.pieces.append(shown)
         if ask.logprobs is None:
             return Piece(shown, token)
-        return Piece(shown, token, self._name(token), self.logprobs[-1], self._top(spread, ask.logprobs))
+        return Piece(shown, token, self._name(token), self.logprobs[-1], self._top(logits - total, ask.logprobs))
 
     def flush(self) -> Piece | None:
         """What was held back, once the answer is over."""
