@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from anchorkv.engines.base import Floats, Ints
 from anchorkv.errors import ConfigError
@@ -95,7 +96,7 @@ def _place(weights: Floats, others: float, top_p: float, aim: float) -> int:
     return found if others else min(found, len(sums) - 1)
 
 
-def _best(values: Floats, count: int) -> Ints:
+def _best(values: NDArray[np.float64], count: int) -> Ints:
     """Where the `count` largest values are, the largest first; of equal ones the first."""
     if count >= len(values):
         return np.argsort(-values, kind="stable")

@@ -19,7 +19,7 @@ from serving import POLICY, STORY, client, events, run, said
 from anchorkv.config import preset
 from anchorkv.engines.llama import LlamaEngine
 from anchorkv.serve.audit.store import Filter
-from anchorkv.serve.handle import Handle
+from anchorkv.serve.handle import Handle, Waking
 from anchorkv.serve.policies import Chosen, Wish
 from anchorkv.serve.requests import Ask, Busy
 from anchorkv.serve.seams import Answered, Plan, Step
@@ -164,7 +164,7 @@ def test_an_answer_stands_when_the_safer_one_comes_to_nothing(
 
     def failing(ask: Any) -> Handle:
         if handles:
-            failed = Handle(ask)
+            failed = Handle(ask, Waking())
             failed.end(replace(handles[0].done(), finish=finish, error=error, policy=ask.policy, text="", tokens=()))
             return failed
         handles.append(submit(ask))

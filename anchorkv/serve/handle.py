@@ -9,23 +9,54 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from anchorkv.serve.requests import Ask, Outcome, Piece
+
+Waiter = tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]
+
+
+class Waking:
+    """Coroutines that wait for the engine thread, which it belongs to: woken together, by one call for each loop.
+
+    Woken one by one they would take Python's lock from the engine thread between any two tokens that it draws.
+    """
+
+    def __init__(self) -> None:
+        self._due: list[Waiter] = []
+
+    def add(self, waiters: Sequence[Waiter]) -> None:
+        self._due += waiters
+
+    def now(self) -> None:
+        """Wake all that were added."""
+        due, self._due = self._due, []
+        for loop in {loop for loop, _ in due}:
+            try:
+                loop.call_soon_threadsafe(_resolve, [future for its, future in due if its is loop])
+            except RuntimeError:  # the caller's loop is closed: nobody waits any more
+                continue
+
+
+def _resolve(futures: Sequence[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
 
 
 class Handle:
     """Iterate over it (async) for `Piece`s; `await outcome()`; `cancel()`. `async with` cancels what is unfinished."""
 
-    def __init__(self, ask: Ask, wake: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, ask: Ask, waking: Waking, wake: Callable[[], None] = lambda: None) -> None:
+        """wake: has the engine thread look at once whether it was cancelled."""
         self.ask = ask
         self.cancelled = False
-        self._wake = wake
+        self._waking, self._wake = waking, wake
         self._changed = threading.Condition()
         self._pieces: deque[Piece] = deque()
         self._outcome: Outcome | None = None
-        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._waiters: list[Waiter] = []
 
     # --- the caller's side -------------------------------------------------------------------------------------
 
@@ -86,7 +117,7 @@ class Handle:
         self._waiters.append((loop, future))
         return future
 
-    # --- the engine thread's side ------------------------------------------------------------------------------
+    # --- the engine thread's side; `Waking.now` is for the engine thread to call ---------------------------------
 
     def put(self, piece: Piece) -> None:
         with self._changed:
@@ -101,13 +132,4 @@ class Handle:
     def _notify(self) -> None:
         self._changed.notify_all()
         waiters, self._waiters = self._waiters, []
-        for loop, future in waiters:
-            try:
-                loop.call_soon_threadsafe(_resolve, future)
-            except RuntimeError:  # the caller's loop is closed: nobody waits any more
-                continue
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+        self._waking.add(waiters)

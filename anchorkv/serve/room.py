@@ -20,7 +20,7 @@ from anchorkv.serve.cells import Held, distinct, scratch_cells
 from anchorkv.serve.documents import Documents
 from anchorkv.serve.prefixes import Claim, Parked, Prefixes, owner
 from anchorkv.serve.requests import TooLarge
-from anchorkv.serve.slots import LEAST_KEPT, Slot
+from anchorkv.serve.slots import LEAST_KEPT, Slot, common
 from anchorkv.session import Session
 
 T = TypeVar("T")
@@ -75,6 +75,28 @@ class Room:
         return slot.growth(share, position, held)
 
     # --- admission ---------------------------------------------------------------------------------------------
+
+    def cached(self, slot: Slot) -> Parked | None:
+        """The longest beginning of `slot` that is kept, for it to go on from."""
+        if slot.away is not None or not slot.reuse:
+            return None
+        return self.prefixes.find(slot.owner, slot.stream, slot.script.recall_at, slot.recall)
+
+    def follows(self, slot: Slot, running: Sequence[Slot]) -> bool:
+        """Whether one of `running` is reading now what `slot` could go on from in a moment."""
+        if not slot.reuse or slot.away is not None:
+            return False
+        for leader in running:
+            if not leader.reading or leader.owner != slot.owner or not leader.reuse:
+                continue
+            shared = common(leader, slot)
+            if shared == len(leader.script) and leader.recall == slot.recall:
+                leader.followed = True
+            marks = [mark for mark in leader.marks() if leader.position < mark <= shared]
+            found = self.cached(slot)
+            if marks and max(marks) >= (len(found.stream) if found is not None else 0) + LEAST_KEPT:
+                return True
+        return False
 
     def place(self, slot: Slot, running: Sequence[Slot]) -> bool:
         """Let `slot` begin, from the longest beginning that was read before, or go on; False: there is no room now."""

@@ -15,12 +15,13 @@ from anchorkv.errors import AnchorKVError, CapacityError
 from anchorkv.serve.cells import scratch_cells
 from anchorkv.serve.documents import Documents, Snapshot
 from anchorkv.serve.figures import Figures, Share, mean
+from anchorkv.serve.handle import Waking
 from anchorkv.serve.keeping import Keeping
-from anchorkv.serve.prefixes import Claim, Parked, owner
+from anchorkv.serve.prefixes import Claim, owner
 from anchorkv.serve.queues import Queues
 from anchorkv.serve.requests import Finish
 from anchorkv.serve.room import Room
-from anchorkv.serve.slots import LEAST_KEPT, Slot, Upload, common
+from anchorkv.serve.slots import Slot, Upload
 from anchorkv.serve.steps import Steps
 
 log = logging.getLogger("anchorkv.serve")
@@ -42,6 +43,7 @@ class Rounds:
         self.waiting, self.low = Queues(), Queues()
         self.calls: deque[Callable[[], None]] = deque()
         """What other threads want done on this one."""
+        self.waking = Waking()
         self._steps = Steps(room.engines)
         self._keeping = Keeping(documents, files, room.prefixes, self.calls.append)
         self.running: list[Slot] = []
@@ -65,6 +67,12 @@ class Rounds:
         return bool(self.running or self.background or self.calls or len(self.waiting))
 
     def round(self) -> None:
+        try:
+            self._round()
+        finally:
+            self.waking.now()
+
+    def _round(self) -> None:
         while self.calls:
             self.calls.popleft()()
         self._drop_cancelled()
@@ -83,6 +91,7 @@ class Rounds:
         if self.background is not None:
             self._end(self.background, "cancelled")
         self._room.prefixes.clear()
+        self.waking.now()
 
     def close(self) -> None:
         """After `cancel_all`, for good."""
@@ -100,7 +109,7 @@ class Rounds:
         if not (self.look or not self.running or self._looks_anyway()):
             return
         if self.look:
-            found = {slot: self._cached(slot) for slot in self.waiting.all()}
+            found = {slot: self._room.cached(slot) for slot in self.waiting.all()}
             for slot, entry in found.items():
                 slot.expected = len(entry.stream) if entry is not None else 0
             self._room.prefixes.want(found.values())
@@ -117,7 +126,7 @@ class Rounds:
         """Admit the first of `heads` that may begin; False when none may."""
         passed: list[Slot] = []
         for slot in heads if len(self.running) < self._max_sessions else ():
-            if self._follows(slot):
+            if self._room.follows(slot, self.running):
                 continue
             if self._place(slot):
                 self.waiting.admitted(slot)
@@ -173,27 +182,6 @@ class Rounds:
         else:
             self.running.remove(slot)
             self.waiting.put(slot, first=True)
-
-    def _follows(self, slot: Slot) -> bool:
-        """Whether another request is reading now what this one could go on from in a moment."""
-        if not slot.reuse or slot.away is not None:
-            return False
-        for leader in self.running:
-            if not leader.reading or leader.owner != slot.owner or not leader.reuse:
-                continue
-            shared = common(leader, slot)
-            if shared == len(leader.script) and leader.recall == slot.recall:
-                leader.followed = True
-            marks = [mark for mark in leader.marks() if leader.position < mark <= shared]
-            found = self._cached(slot)
-            if marks and max(marks) >= (len(found.stream) if found is not None else 0) + LEAST_KEPT:
-                return True
-        return False
-
-    def _cached(self, slot: Slot) -> Parked | None:
-        if slot.away is not None or not slot.reuse:
-            return None
-        return self._room.prefixes.find(slot.owner, slot.stream, slot.script.recall_at, slot.recall)
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -311,6 +299,7 @@ class Rounds:
 
         sessions, tokens = [slot.session for slot, _ in writing], [token for _, token in writing]
         before = [session.current for session in sessions]
+        self.waking.now()  # tokens are sent while the next ones are computed
         try:
             self._steps.step(sessions, tokens, self._room.prefixes.evict, fail)
         except Exception:

@@ -23,6 +23,8 @@ from anchorkv.serve.slots import Slot, Upload
 from anchorkv.serve.writing import Writing
 
 log = logging.getLogger("anchorkv.serve")
+MEASURED_EVERY = 1.0
+"""Seconds; to count the cells of forty sessions takes a tenth of a step."""
 
 
 class Scheduler:
@@ -111,7 +113,7 @@ class Scheduler:
             document = self.documents.get(ask.tenant, ask.document), len(base)
         script = script_of(ask, tokenizer, base)
         writing = Writing(ask, tokenizer, open_grammar(self.engine, ask.grammar, ask.json_schema))
-        handle = Handle(ask, self._wake)
+        handle = Handle(ask, self._rounds.waking, self._wake)
         self._accept(Slot(
             self.engine, script, ask.tenant, ask.policy, self._clock, handle=handle, document=document, low=background,
             writing=writing,
@@ -163,7 +165,7 @@ class Scheduler:
     # --- how full it is ----------------------------------------------------------------------------------------
 
     def load(self) -> Load:
-        """How full it is now; the cells as they were measured within the last second."""
+        """How full it is now; the cells as they were measured about a second ago."""
         running, rounds, figures = list(self._rounds.running), self._rounds, self._rounds.figures
         used, reserved, prefix_cells, document_cells = self._measured
         parked = list(self._room.prefixes.parked)
@@ -213,7 +215,7 @@ class Scheduler:
                     break
             try:
                 self.round()
-                if self._clock() - measured > 0.5:
+                if self._clock() - measured > MEASURED_EVERY:
                     self._measured, measured = self._room.measure(self._rounds.running), self._clock()
             except Exception:  # whatever it was, requests that were not hit by it go on
                 log.exception("a round of the engine thread failed")

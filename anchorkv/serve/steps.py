@@ -35,45 +35,77 @@ class Steps:
         make_room: asked for cells of a context that has none left; says whether it freed some.
         fail: told of a session that failed; it closes it, so that its cells serve the others.
         """
-        joint: dict[Engine, list[int]] = {}
+        groups: dict[Engine, _Group] = {}
         for index, (session, token) in enumerate(zip(sessions, tokens, strict=True)):
-            try:
-                if session.begin_step(token):
-                    joint.setdefault(session.engine, []).append(index)
-            except AnchorKVError as error:
-                fail(index, error)
-        groups = [[(sessions[index], tokens[index]) for index in indices] for indices in joint.values()]
-        for indices, outputs in zip(joint.values(), self._side_by_side(groups, make_room), strict=True):
-            # The youngest is tried first, and gives way first, where each has to be tried alone.
-            for row, index in reversed(list(enumerate(indices))):
-                session = sessions[index]
-                try:
-                    out = outputs[row] if outputs else session.memory.decode([tokens[index]], len(session.ledger) - 1)
-                    session.end_step(out)
-                except AnchorKVError as error:
-                    fail(index, error)
+            groups.setdefault(session.engine, _Group(session.engine)).left.append((index, session, token))
+        self._side_by_side(list(groups.values()))
+        for group in groups.values():
+            group.tell(fail)
+            while group.left and not group.outputs and make_room(group.engine):
+                group.decode(1)
+            while group.left:
+                group.end()
+                group.tell(fail)
 
-    def _side_by_side(
-        self, groups: list[list[tuple[Session, int]]], make_room: Callable[[Engine], bool]
-    ) -> list[list[Output]]:
-        """The outputs of each group's joint decode; none of a group whose sessions have to be tried one by one."""
+    def _side_by_side(self, groups: Sequence[_Group]) -> None:
         parts = min(len(groups), self._at_once)
-        others = [self._pool.submit(_decode, group, parts) for group in groups[1:]]
+        others = [self._pool.submit(group.run, parts) for group in groups[1:]]
         try:
-            found = [_decode(group, parts) for group in groups[:1]]
+            for group in groups[:1]:
+                group.run(parts)
         finally:
             wait(others)  # whatever happened: no context is used twice at once
-        found += [other.result() for other in others]
-        for number, group in enumerate(groups):
-            while found[number] is None and make_room(group[0][0].engine):
-                found[number] = _decode(group, 1)
-        return [outputs or [] for outputs in found]
+        for other in others:
+            other.result()
 
 
-def _decode(group: Sequence[tuple[Session, int]], parts: int) -> list[Output] | None:
-    """None where it failed."""
-    try:
-        steps = [(session.memory, token, len(session.ledger) - 1) for session, token in group]
-        return group[0][0].engine.decode_together(steps, parts)
-    except AnchorKVError:
-        return None
+class _Group:
+    """The sessions of one context. `run` is for one thread, which no other group has to wait for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.left: list[tuple[int, Session, int]] = []
+        """(index among all, session, token) of those that have not read it yet; the last one is the youngest."""
+        self.outputs: list[Output] = []
+        """Of the joint decode, one for each of `left`; none where it failed: then each has to be tried alone."""
+        self.failed: dict[int, AnchorKVError] = {}
+
+    def run(self, parts: int) -> None:
+        for entry in list(self.left):
+            index, session, token = entry
+            try:
+                if not session.begin_step(token):
+                    self.left.remove(entry)
+            except AnchorKVError as error:
+                self.left.remove(entry)
+                self.failed[index] = error
+        self.decode(parts)
+        if self.outputs:
+            self.end()
+
+    def decode(self, parts: int) -> None:
+        if not self.left:
+            return
+        try:
+            steps = [(session.memory, token, len(session.ledger) - 1) for _, session, token in self.left]
+            self.outputs = self.engine.decode_together(steps, parts)
+        except AnchorKVError:
+            self.outputs = []
+
+    def end(self) -> None:
+        """The youngest first; no further than to one that fails, so that it can be closed before others need cells."""
+        while self.left:
+            index, session, token = self.left.pop()
+            try:
+                alone = not self.outputs
+                out = session.memory.decode([token], len(session.ledger) - 1) if alone else self.outputs.pop()
+                session.end_step(out)
+            except AnchorKVError as error:
+                self.failed[index] = error
+                return
+
+    def tell(self, fail: Callable[[int, AnchorKVError], None]) -> None:
+        """`fail` of each that has failed since it was last called."""
+        failed, self.failed = self.failed, {}
+        for index, error in failed.items():
+            fail(index, error)
