@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from anchorkv.cli.options import JsonOption, ModelOption, PlannedEngineOption, ThreadsOption
-from anchorkv.cli.screen import Bar, merging_bar, note, print_json, stdout, work_bar
+from anchorkv.cli.screen import Bar, goes_on, merging_bar, note, print_json, stdout, work_bar
 from anchorkv.errors import AnchorKVError, SavedStateError
 from anchorkv.evaluate.environment import environment, models_of
 from anchorkv.evaluate.plan import TASKS, Plan
@@ -63,7 +62,7 @@ def evaluate(
         notes = list(dict.fromkeys(text for task, ways in work for text in _notes(task, models, ways)))
         for text in notes:
             note(text)
-        with _goes_on(folder):
+        with goes_on(folder):
             jobs = _measure(work, models, Store(folder, settings), quiet=as_json)
         found = results(
             jobs, settings, **environment(), models=models_of(models, _union(work)), threads=plan.threads, notes=notes,
@@ -110,15 +109,6 @@ def _forget(folder: Path) -> None:
             (folder / RESULTS).unlink(missing_ok=True)
     except OSError as error:
         raise SavedStateError(f"{folder} cannot be cleared ({error.strerror}); choose another --out.") from None
-
-
-@contextmanager
-def _goes_on(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        note(f"What was measured is in {folder}; the same command goes on from there.")
-        raise
 
 
 def _union(work: Sequence[tuple[Task, list[Way]]]) -> list[Way]:

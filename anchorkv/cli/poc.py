@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +15,7 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from anchorkv.cli.options import JsonOption, ModelOption, PlannedEngineOption, ThreadsOption
-from anchorkv.cli.screen import count, interactive, merging_bar, note, print_json, stderr, stdout
+from anchorkv.cli.screen import count, goes_on, interactive, merging_bar, note, print_json, stderr, stdout
 from anchorkv.errors import ConfigError
 from anchorkv.evaluate.run import Models
 from anchorkv.poc.capacity import nbytes
@@ -104,7 +102,7 @@ def run(
             running = Run(plan, models, fresh=fresh, merging=merging)
         if running.done:
             note(f"{running.done} of {len(running.jobs)} measurements are there already, in {running.folder}.")
-        with _goes_on(running.folder), View(stderr(), quiet=as_json) as view:
+        with goes_on(running.folder), View(stderr(), quiet=as_json) as view:
             running.measure(view)
             report = running.report()
     _tell(report, running, as_json)
@@ -159,15 +157,6 @@ def _plan(what: Path | None) -> Plan:
     if is_plan(what) and not what.expanduser().is_dir():
         return Plan.load(what.expanduser())
     return Plan(folder=what)
-
-
-@contextmanager
-def _goes_on(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        note(f"What was measured is in {folder}; the same command goes on from there.")
-        raise
 
 
 def _tell(report: PocReport, run: Run, as_json: bool) -> None:

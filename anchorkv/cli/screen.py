@@ -40,6 +40,16 @@ def note(text: str) -> None:
     stderr().print(f"Note: {text}", style="yellow", markup=False, soft_wrap=True)
 
 
+@contextmanager
+def goes_on(folder: Path) -> Iterator[None]:
+    """Whoever interrupts is told where what was measured is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(f"What was measured is in {folder}; the same command goes on from there.")
+        raise
+
+
 def print_json(value: Any) -> None:
     """One object on standard output, and nothing else."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")

@@ -17,9 +17,7 @@ def figures(document: Document, answers: Sequence[Answer]) -> Table:
     """Kept against full, speeds, recall. Full figures are what the same text takes with nothing dropped."""
     cells = document.accounting()
     top = _peak(document, answers)
-    table = _table()
-    for heading in ("", "kept", "full cache", "reduction"):
-        table.add_column(heading, justify="left" if not heading else "right", style="dim" if not heading else "")
+    table = _table("", "kept", "full cache", "reduction")
     for name, kept, full, show in (
         ("Cells now", cells.kept_cells, cells.full_cells, count),
         ("Cells at the peak", top.peak_cells, cells.full_cells, count),
@@ -41,9 +39,7 @@ def comparison(
     document: Document, answers: Sequence[Answer], full: Document, full_answers: Sequence[Answer]
 ) -> Table:
     """The same figures for anchors and for the full cache, both measured; a gain above 1 is for anchors."""
-    table = _table()
-    for heading in ("", "anchors", "full cache", "gain"):
-        table.add_column(heading, justify="left" if not heading else "right", style="dim" if not heading else "")
+    table = _table("", "anchors", "full cache", "gain")
     kept, whole = document.accounting(), full.accounting()
     top, whole_top = _peak(document, answers), _peak(full, full_answers)
     for name, ours, theirs, show in (
@@ -95,8 +91,11 @@ def _peak(document: Document, answers: Sequence[Answer]) -> Accounting:
     )
 
 
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="left" if not heading else "right", style="dim" if not heading else "")
+    return table
 
 
 def _ratio(numerator: float, denominator: float) -> str:
