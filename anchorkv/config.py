@@ -180,22 +180,25 @@ def preset(name: str) -> AnchorConfig:
         raise ConfigError(f"There is no preset '{name}'; choose one of {', '.join(PRESETS)}.") from None
 
 
-def policy_of(text: str, also: Mapping[str, AnchorConfig] | None = None) -> AnchorConfig:
+def policy_of(
+    text: str, also: Mapping[str, AnchorConfig] | None = None, files: str = "a .json file of one"
+) -> AnchorConfig:
     """The policy that `text` names, wherever a user names one: "NAME" or "NAME:field=value,field=value".
 
-    NAME: a preset, or the JSON file of a policy. also: further names, or what a preset's name means instead.
+    NAME: a preset, or the JSON file of a policy. also: further names, or what a preset's name means instead. files:
+    what else may be named there, for the error.
     Raises ConfigError, one sentence, for what is unknown or does not fit.
     """
     name, _, changes = (text, "", "") if Path(text).is_file() else text.partition(":")
-    return _named(name, {**PRESETS, **(also or {})}).replace(**_fields(text, changes))
+    return _named(name, {**PRESETS, **(also or {})}, files).replace(**_fields(text, changes))
 
 
-def _named(name: str, known: Mapping[str, AnchorConfig]) -> AnchorConfig:
+def _named(name: str, known: Mapping[str, AnchorConfig], files: str) -> AnchorConfig:
     if name in known:
         return known[name]
     if name.lower().endswith(".json") or Path(name).is_file():
         return AnchorConfig.load(Path(name).expanduser())
-    raise ConfigError(f"There is no policy '{name}'; choose one of {', '.join(known)}, or name a .json file of one.")
+    raise ConfigError(f"There is no policy '{name}'; choose one of {', '.join(known)}, or name {files}.")
 
 
 def _fields(text: str, changes: str) -> dict[str, Any]:

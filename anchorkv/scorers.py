@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Protocol, Self
 
 import numpy as np
@@ -142,6 +143,8 @@ def _threads() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+_LIMITING = Lock()
+"""The limit is the whole process's, and two at once would leave it behind (a server's contexts score side by side)."""
 _KIND = "anchorkv scorer of cells, 1"
 _CONTENT = [byte >= 0x80 or chr(byte).isalnum() for byte in range(256)]
 
@@ -199,7 +202,7 @@ class Learned(Stateless):
                 f"token, and this model's cells give {features.shape[1]}."
             )
         # One thread: those of a numerics library go on spinning afterwards, and halve the speed of llama.cpp's own.
-        with _threads().limit(limits=1, user_api="blas"):
+        with _LIMITING, _threads().limit(limits=1, user_api="blas"):
             x = (features - self.mean) / self.std
             x = x @ self.weight.T + self.bias
             if self.out is not None:

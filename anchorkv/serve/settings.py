@@ -176,4 +176,6 @@ class ServeSettings(Group):
         if self.policy is None:
             return None
         path = Path(self.policy).expanduser()
-        return Rollout.load(path) if path.suffix.lower() in (".yaml", ".yml") else policy_of(self.policy)
+        if path.suffix.lower() in (".yaml", ".yml"):
+            return Rollout.load(path)
+        return policy_of(self.policy, files="a .json file of one, or a PoC's rollout.yaml")
