@@ -81,6 +81,13 @@ class Session:
         if progress:
             progress(len(tokens))
 
+    def reads_on(self, tokens: Sequence[int]) -> bool:
+        """Whether `tokens` would be read in one decode that sees all that is held: none of them ends a segment."""
+        segmenter = self.segmenter.copy()
+        anchors = "EP" in self.config.anchors
+        ends = any(segmenter.push(token) or (anchors and segmenter.at_separator) for token in tokens)
+        return not ends and self._pending_from == len(self.ledger)
+
     def end_segment(self) -> None:
         """End the current segment here, whatever it reads like (a turn ends, a document ends)."""
         if len(self.ledger) and self.ledger.column("segment")[-1] == self.current:

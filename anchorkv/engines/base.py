@@ -168,6 +168,18 @@ class ShowsAttention(Protocol):
         """
 
 
+@runtime_checkable
+class ScoresTogether(Protocol):
+    """What an engine may offer beside `Engine`: several continuations of one memory in one batch."""
+
+    def score_together(self, memory: Any, start: int, texts: Sequence[Sequence[int]]) -> list[Floats]:
+        """-log p [n] of each of `texts`, none of them empty, as what comes next at position `start`.
+
+        Each sees all that `memory`, one of this engine's, holds; it stays as it is. Raises CapacityError when there is
+        no room.
+        """
+
+
 def surprise_of(logits: Floats, token: int) -> float:
     """-log p(token) under `logits` [vocabulary], in nats."""
     top = float(logits.max())

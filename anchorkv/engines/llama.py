@@ -25,6 +25,7 @@ from anchorkv.engines.base import Floats, ModelInfo, Output, Tokenizer
 from anchorkv.engines.llama_batch import Batch
 from anchorkv.engines.llama_file import describe, fast_copy, open_model
 from anchorkv.engines.llama_memory import ALIAS, FIRST, SCRATCH, LlamaMemory
+from anchorkv.engines.llama_scoring import score_together
 from anchorkv.engines.llama_state import META, metas
 from anchorkv.engines.llama_vocab import LlamaTokenizer
 from anchorkv.errors import CapacityError, ModelError, SavedStateError
@@ -121,6 +122,10 @@ class LlamaEngine:
                 memory.last_logits = self._logits(row)
                 outputs[index] = Output(memory.last_logits)
         return [outputs[index] for index in range(len(steps))]
+
+    def score_together(self, memory: LlamaMemory, start: int, texts: Sequence[Sequence[int]]) -> list[Floats]:
+        """As `ScoresTogether` says."""
+        return score_together(self, memory, start, texts)
 
     def merge(self, source: LlamaMemory, target: LlamaMemory) -> None:
         """Hand the cells of `source` to `target` and close `source`."""

@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 from anchorkv.decode import decode
 from anchorkv.document import TextWriter
-from anchorkv.engines.base import Floats, surprise_of
+from anchorkv.engines.base import Floats
 from anchorkv.errors import ConfigError
 from anchorkv.evaluate.demonstrations import DELIMITER, Context, Demonstrations, context, shared
-from anchorkv.evaluate.losses import answer_losses
+from anchorkv.evaluate.losses import answer_losses, choice_losses
 from anchorkv.evaluate.ways import Way, way
 from anchorkv.models import EngineName, Model, load
 from anchorkv.prompt import Prompt
@@ -200,7 +200,7 @@ class AnchorLM(TemplateLM):  # type: ignore[misc]  # lm-eval is optional, and un
             reading = self.demonstrations.seconds
             with self.demonstrations.after(one, count) as session:
                 cells = session.accounting()
-                found = [self._score(session, answer) for answer in answers]
+                found = self._score(session, answers)
             # What was read for others too is not this request's.
             seconds = time.perf_counter() - started - (self.demonstrations.seconds - reading)
             for index, answer, score in zip(indices, answers, found, strict=True):
@@ -228,16 +228,17 @@ class AnchorLM(TemplateLM):  # type: ignore[misc]  # lm-eval is optional, and un
         for at in tqdm(order, desc="Reading contexts", disable=silent or self._quiet):
             yield different[at], counts[at], where[different[at]]
 
-    def _score(self, session: Session, answer: Sequence[int]) -> Scored:
+    def _score(self, session: Session, answers: Sequence[Sequence[int]]) -> list[Scored]:
         """`session` stays as it is."""
-        if not answer:
-            return 0.0, True
+        losses = iter(choice_losses(session, [answer for answer in answers if answer]))
+        return [self._scored(session, answer, next(losses)) if answer else (0.0, True) for answer in answers]
+
+    def _scored(self, session: Session, answer: Sequence[int], losses: Floats) -> Scored:
         if len(answer) == 1:
-            logits = next_logits(session)
-            return -surprise_of(logits, answer[0]), int(np.argmax(logits)) == answer[0]
-        with session.fork() as fork:
-            losses = answer_losses(fork, answer)
-        return -float(losses.sum(dtype=np.float64)), self._greedy and _is_greedy(session, answer, losses)
+            greedy = int(np.argmax(next_logits(session))) == answer[0]
+        else:
+            greedy = self._greedy and _is_greedy(session, answer, losses)
+        return -float(losses.sum(dtype=np.float64)), greedy
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of whole texts, in windows of the model's length as lm-eval cuts them, each read through anchors."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from anchorkv.config import AnchorConfig
-from anchorkv.engines.base import SURPRISE, Engine, Floats, Output
+from anchorkv.engines.base import SURPRISE, Engine, Floats, Output, ScoresTogether
 from anchorkv.ledger import Accounting
 from anchorkv.session import Session
 
@@ -61,6 +61,21 @@ def answer_losses(session: Session, tokens: Sequence[int]) -> Floats:
         session.observe, session.observe_needs = None, frozenset()
     losses: Floats = np.concatenate(parts)[~session.ledger.column("added")[start:]]
     return losses
+
+
+def choice_losses(session: Session, choices: Sequence[Sequence[int]]) -> list[Floats]:
+    """-log p [n] of each of `choices`, none of them empty, as what comes next in `session`, which stays as it is.
+
+    In one batch where the engine can and no segment ends within: what a choice costs is mostly its decode.
+    """
+    engine = session.engine
+    if isinstance(engine, ScoresTogether) and all(session.reads_on(choice[:-1]) for choice in choices):
+        return engine.score_together(session.memory, len(session.ledger), choices)
+    found = []
+    for choice in choices:
+        with session.fork() as fork:
+            found.append(answer_losses(fork, choice))
+    return found
 
 
 def context_recovered(none: float, anchored: float, full: float) -> float:
