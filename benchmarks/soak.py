@@ -17,6 +17,7 @@ import asyncio
 import json
 import random
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -41,6 +42,8 @@ from anchorkv.serve.keys import KeyFile, make_key
 ROOT = Path(__file__).resolve().parent.parent
 SERVE = [sys.executable, "-m", "anchorkv", "serve"]
 TENANTS = ("north", "south")
+MARKS = {tenant: secrets.token_hex(6) for tenant in TENANTS}
+"""In every document of a tenant's; no model can make one up."""
 FLAT = 0.03
 """Growth of resident memory from the second quarter to the last that counts as flat."""
 console = Console(stderr=True)
@@ -69,7 +72,7 @@ class Client:
 
     def __init__(self, number: int, http: httpx.AsyncClient, tenant: str, text: str, seen: Seen) -> None:
         self.random, self.http, self.tenant, self.seen = random.Random(number), http, tenant, seen
-        self.mark = f"{tenant}-secret-"
+        self.mark = MARKS[tenant]
         self.text = text
         self.turns: list[dict[str, str]] = []
         self.documents: list[str] = []
@@ -188,10 +191,10 @@ class Client:
     def take(self, figures: dict[str, Any], text: str) -> None:
         """An answer that arrived whole."""
         self.seen.acknowledged.add(figures["id"])
-        others = [f"{tenant}-secret-" for tenant in TENANTS if tenant != self.tenant]
+        others = [mark for tenant, mark in MARKS.items() if tenant != self.tenant]
         shown = text + "".join(part["text"] for part in figures["recalled"])
         if any(other in shown for other in others):
-            self.seen.wrong(f"another tenant's text in {figures['id']}")
+            self.seen.wrong(f"another tenant's text in {figures['id']}: {shown[:400]}")
 
     async def fine(self, response: httpx.Response, what: str) -> bool:
         if response.status_code == 200:
