@@ -8,7 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 SOURCES := $(shell find anchorkv -type f -not -name '*.pyc')
 DOCUMENTS ?=
-MINUTES ?= 5
+MINUTES ?= 4
 # llama.cpp's parts for pictures are not used, and take a quarter of the time to compile.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 PIP := -m pip --disable-pip-version-check -qq
