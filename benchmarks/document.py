@@ -161,7 +161,7 @@ PEERS = (
     ("method", "method", ""), ("asked", "requested", "{:g}×"), KEPT, ("KV cache", "kv_bytes", mib),
     ("cells at the end", "end_cells", ".0f"),
     ("score", "score", ".3f"), TO_FULL, ("gain", "difference", "+.3f"), ("answer loss", "answer_loss", ".2f"),
-    ("than full's", "loss_verdict", ""),
+    ("than full's", "loss_verdict", ""), ("behind ours", "behind", "+.3f"), ("than ours", "behind_verdict", ""),
     ("prefill tok/s", "prefill_tok_s", ".0f"), PREFILL, ("decode tok/s", "decode_tok_s", ".1f"), DECODE,
 )
 BENCHMARKS = (
@@ -208,8 +208,9 @@ BENCHMARKS = (
         "The same base model and cases. Tables: continuation (score: perplexity, less is better), reading (F1), needle "
         "(share found). *Answer loss*: mean -log p of the right answer's tokens; tells more where few answers are "
         "right. Ratios, gains and verdicts are to the full cache of the same engine and weights, paired case by case; "
-        "a difference below two standard errors is a tie. Peers run in fp32 on PyTorch, anchorkv on llama.cpp: "
-        "compare speeds by their ratios.",
+        "a difference below two standard errors is a tie. *Behind ours*: how much more loss (nats a token; the "
+        "answer's where there is one) than anchorkv with as many cells, with recall where a question is asked. Peers "
+        "run in fp32 on PyTorch, anchorkv on llama.cpp: compare speeds by their ratios.",
         [(_peers(task), PEERS) for task in ("continuation", "reading", "needle")],
         _with_data, script="peers/run",
     ),

@@ -57,3 +57,23 @@ def test_a_run_says_the_options_that_its_tasks_depend_on(run: Any) -> None:
         tasks=["reading"], reductions=[10], texts=4, length=2048, questions=8, passages=11, needles=5
     )
     assert run.said(options) == {"tasks": ["reading"], "reductions": [10], "questions": 8, "passages": 11}
+
+
+def test_a_method_is_compared_to_anchorkv_on_the_cases_that_both_could_do(run: Any) -> None:
+    losses = zip("abc", (3.0, 3.1, 2.9), strict=True)
+    theirs = {name: record(name, answer_loss=loss) for name, loss in losses} | {"d": record("d", answer_loss=9.0)}
+    own = {name: record(name, answer_loss=2.0, score=5.0) for name in "abc"} | {"d": {"item": "d", "error": "no"}}
+    found = run._behind("reading", theirs, own)
+    assert (found["behind"], found["behind_verdict"]) == (pytest.approx(1.0), "worse")
+    assert run._behind("continuation", theirs, own)["behind_verdict"] == "better", "there the score is the loss"
+    assert run._behind("reading", theirs, {}) == {}
+
+
+def test_rows_say_how_far_each_method_is_behind_anchorkv_at_its_own_reduction(run: Any, tmp_path: Path) -> None:
+    case = argparse.Namespace(id="a")
+    store = run.Store(tmp_path, {})
+    for name, loss in (("anchorkv 10", 2.0), ("anchorkv 20", 2.5), ("TOVA 10", 2.2), ("TOVA 20", 2.3)):
+        store.add({"task": "continuation", "way": name, **record("a", score=loss, end_cells=20)})
+    jobs = [(method, reduction, "continuation") for method in ("anchorkv", "TOVA") for reduction in (10.0, 20.0)]
+    rows = run.rows(store, jobs, [case], "")
+    assert [row.get("behind") for row in rows] == [None, None, pytest.approx(0.2), pytest.approx(-0.2)]

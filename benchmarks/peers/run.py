@@ -14,10 +14,10 @@ cases or reductions extend an earlier one. Writes results/peers.json and results
 
 For the last two also the loss of the right answer, mean -log p a token: it tells more where few answers are right.
 
-Differences are to the full cache of the same engine and the same weights, paired case by case. Torch peers run in fp32
-on PyTorch, anchorkv on llama.cpp with Q8_0 weights: compare their speeds through `*_ratio`, to the full cache of the
-same engine. Torch peers compress when the context has been read, so at that moment they hold all of it. "kv_bytes"
-counts f16 cells for all of them.
+Differences are to the full cache of the same engine and the same weights, paired case by case; `behind` is to anchorkv
+with as many cells. Torch peers run in fp32 on PyTorch, anchorkv on llama.cpp with Q8_0 weights: compare their speeds
+through `*_ratio`, to the full cache of the same engine. Torch peers compress when the context has been read, so at that
+moment they hold all of it. "kv_bytes" counts f16 cells for all of them.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ from anchorkv.models import builtin
 ROOT = Path(__file__).resolve().parents[2]
 TORCH_FULL, LLAMA_FULL, ADAPTER_FULL = "full (torch)", "full (llama.cpp)", "full + adapter"
 TASKS = (CONTINUATION, READING, NEEDLE)
+LOSS = {CONTINUATION: "score", READING: "answer_loss", NEEDLE: "answer_loss"}
+OURS = {CONTINUATION: "anchorkv", READING: "anchorkv, recall auto", NEEDLE: "anchorkv, recall auto"}
+"""What a method is compared to, by task: anchorkv as it would be used for it."""
 console = Console(stderr=True)
 Record = dict[str, Any]
 
@@ -191,8 +194,9 @@ def rows(store: Store, jobs: Sequence[tuple[str, float, str]], all_cases: Sequen
             errors = [record["error"] for record in records.values()]
             out.append({**row, "error": errors[0] if errors else failed or "not measured"})
             continue
-        full = by_way.get((task, way(yardstick(method), 0)), {})
-        out.append({**row, **_figures(task, good, full), "failed": len(records) - len(good)})
+        full, own = (by_way.get((task, name), {}) for name in (way(yardstick(method), 0), way(OURS[task], reduction)))
+        figures = {**_figures(task, good, full), **({} if method == OURS[task] else _behind(task, good, own))}
+        out.append({**row, **figures, "failed": len(records) - len(good)})
     return out
 
 
@@ -202,9 +206,26 @@ def _note(method: str) -> str:
     return " ".join((PEERS["full" if method == TORCH_FULL else method].__doc__ or "").split())
 
 
+def _paired(name: str, *sides: dict[str, Record]) -> list[list[float]]:
+    """A field of each side, over the cases that all of them could do."""
+    shared = [item for item in sides[0] if all("error" not in side.get(item, {"error": ""}) for side in sides)]
+    return [[side[item][name] for item in shared] for side in sides]
+
+
+def _behind(task: str, theirs: dict[str, Record], own: dict[str, Record]) -> Record:
+    """How much more loss a method has than anchorkv (nats a token), whatever the weights; {} where neither was run."""
+    losses, yard = _paired(LOSS[task], theirs, own)
+    if not losses:
+        return {}
+    behind = difference(losses, yard)
+    # More is better for a verdict, and it is told of the method.
+    told = verdict(difference(yard, losses))
+    return {"behind": behind.value, "behind_stderr": behind.stderr, "behind_verdict": told}
+
+
 def _figures(task: str, mine: dict[str, Record], full: dict[str, Record]) -> Record:
     shared = [item for item in mine if item in full and "error" not in full[item]]
-    ours_, theirs = ([found[item]["score"] for item in shared] for found in (mine, full))
+    ours_, theirs = _paired("score", mine, full)
     values = [record["score"] for record in mine.values()]
     score, gain = mean(values), difference(ours_, theirs)
     row: Record = {"n": score.n}
@@ -217,7 +238,7 @@ def _figures(task: str, mine: dict[str, Record], full: dict[str, Record]) -> Rec
         row |= {"score": score.value, "stderr": score.stderr}
     row |= {"difference": gain.value, "difference_stderr": gain.stderr, "verdict": verdict(gain)}
     if task != CONTINUATION:
-        losses, yard = ([found[item]["answer_loss"] for item in shared] for found in (mine, full))
+        losses, yard = _paired("answer_loss", mine, full)
         loss, gain = mean(losses), difference(yard, losses)
         row |= {"answer_loss": loss.value, "answer_loss_stderr": loss.stderr, "loss_difference": gain.value}
         row |= {"loss_difference_stderr": gain.stderr, "loss_verdict": verdict(gain)}
